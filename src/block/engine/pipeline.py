@@ -1,0 +1,111 @@
+"""The scheduler in time: one or two batches in flight, a CPU that launches, an accelerator that executes.
+
+One thread schedules, launches and takes in results; the accelerator runs batches in order. At time S a batch is scheduled, the
+CPU is busy until S + launch, the accelerator ends it at max(its previous end, S) + step, and the results are taken
+in at the later of that end and the CPU being free. With asynchronous scheduling the next batch is scheduled before the
+CPU waits, so an arrival waits for the batch that runs and the one already scheduled.
+"""
+
+from collections import deque
+from typing import NamedTuple
+
+from block.engine.limits import EngineLimits
+from block.engine.scheduler import FINISHED, Batch, Scheduler, Sequence
+from block.steptime.curve import StepCurve
+
+
+class Flight(NamedTuple):
+    """A batch in flight: scheduled, launched, not yet taken in."""
+
+    batch: Batch
+    scheduled_s: float
+    started_s: float
+    ends_s: float
+
+
+class Engine:
+    """One engine instance in virtual time. Times given must not go back."""
+
+    def __init__(self, limits: EngineLimits, curve: StepCurve, now_s: float = 0.0) -> None:
+        self.limits = limits
+        self.curve = curve
+        self.scheduler = Scheduler(limits)
+        self.in_flight: deque[Flight] = deque()
+        self.steps = 0
+        self._arrivals: deque[tuple[float, Sequence]] = deque()
+        self._cpu_free_s = now_s
+        self._gpu_free_s = now_s
+        self._batches_max = 2 if limits.async_scheduling else 1
+        self._stuck = False  # nothing to compute until something arrives or comes back
+
+    def add(self, sequence: Sequence, at_s: float) -> None:
+        """A request reaches the scheduler's input queue at ``at_s`` (not before earlier ones)."""
+        self._arrivals.append((at_s, sequence))
+        self._stuck = False
+
+    def abort(self, sequence: Sequence) -> None:
+        """Forget a request, wherever it is."""
+        for entry in self._arrivals:
+            if entry[1] is sequence:
+                self._arrivals.remove(entry)
+                sequence.status = FINISHED
+                return
+        self.scheduler.abort(sequence)
+        self._stuck = False
+
+    def next_event_s(self) -> float | None:
+        """When something happens next; ``None``: never, unless a request is added."""
+        if self._can_schedule():
+            if self.scheduler.has_requests:
+                return self._cpu_free_s
+            return max(self._cpu_free_s, self._arrivals[0][0])
+        if self.in_flight:
+            return max(self._cpu_free_s, self.in_flight[0].ends_s)
+        return max(self._cpu_free_s, self._arrivals[0][0]) if self._arrivals else None
+
+    def advance(self, until_s: float) -> list[tuple[float, Sequence]]:
+        """Let everything up to ``until_s`` happen; returns (time, sequence) for every output token, in order."""
+        tokens: list[tuple[float, Sequence]] = []
+        while (at_s := self.next_event_s()) is not None and at_s <= until_s:
+            if self._can_schedule():
+                self._schedule(at_s)
+            elif self.in_flight:
+                self._update(at_s, tokens)
+            else:
+                self._stuck = False
+        return tokens
+
+    def _can_schedule(self) -> bool:
+        if self._stuck or len(self.in_flight) >= self._batches_max:
+            return False
+        return self.scheduler.has_requests or (bool(self._arrivals) and not self.in_flight)
+
+    def _schedule(self, now_s: float) -> None:
+        while self._arrivals and self._arrivals[0][0] <= now_s:
+            self.scheduler.add(self._arrivals.popleft()[1])
+        batch = self.scheduler.schedule()
+        if not batch.sequences:
+            self._stuck = True
+            return
+        for sequence in batch.sequences:
+            if sequence.scheduled_s < 0:
+                sequence.scheduled_s = now_s
+        chunks = len(batch.chunks)
+        self._cpu_free_s = now_s + self.curve.launch_s(batch.decode_requests, batch.prefill_tokens, chunks)
+        started_s = max(self._gpu_free_s, now_s)
+        step_s = self.curve.gpu_s(batch.decode_requests, batch.context, batch.prefill_tokens, batch.prefill_work, chunks)
+        self._gpu_free_s = max(started_s + step_s, self._cpu_free_s)
+        self.in_flight.append(Flight(batch, now_s, started_s, self._gpu_free_s))
+        self.steps += 1
+
+    def _update(self, now_s: float, tokens: list[tuple[float, Sequence]]) -> None:
+        self._stuck = False
+        self._cpu_free_s = now_s
+        for sequence in self.scheduler.update(self.in_flight.popleft().batch):
+            if sequence.output == 1:
+                sequence.first_token_s = now_s
+            if sequence.status == FINISHED:
+                sequence.finished_s = now_s
+            tokens.append((now_s, sequence))
+
+

@@ -1,0 +1,571 @@
+"""vLLM's V1 scheduler, decision by decision, for one dense model without LoRA, multi-modal or speculative decoding.
+
+Theory of operation
+-------------------
+The engine repeats schedule() -> execute -> update(). ``schedule`` fills one batch within the token budget: running
+requests first, in admission order (a decode is one token, an unfinished prefill what fits), then waiting ones, each
+only if its KV blocks fit. A running request that cannot get a block preempts the last one admitted (or, under the
+priority policy, the least important): it loses its blocks, returns to the head of the queue and is recomputed.
+``update`` gives every request whose tokens are all computed its next output token and frees the finished.
+
+With asynchronous scheduling two batches are in flight: ``schedule`` for the next one runs before the results of the last are
+known. A request then carries *placeholders* for output tokens that are being computed, and a preempted one keeps
+*stale* tokens in flight, whose output still counts when it comes. Nothing else differs, so one class serves both;
+who calls it decides how many batches are in flight.
+
+Blocks are counters unless prefix caching is on; then they have identities (``PrefixPool``): a full block is known by
+the content of everything up to its end, may be shared, and when free stays findable until it is evicted, least
+recently used first.
+
+Sources: vLLM 0.10-0.33 ``vllm/v1/core/sched`` as specified in docs/engine-model.md; exact against recorded traces
+and against the real classes (tests/test_scheduler_traces.py, ``make test-vllm``). This file also runs uncompiled.
+"""
+
+from bisect import insort
+from collections import OrderedDict, deque
+
+import cython
+
+WAITING = 0
+RUNNING = 1
+PREEMPTED = 2
+FINISHED = 3
+
+
+@cython.cclass
+class Sequence:
+    """One request inside the engine. ``stop_after`` is when it will end; only ``update`` looks at it.
+
+    ``block_keys``: the identity of the content of its first full blocks, equal between two sequences exactly where
+    everything up to that block's end is equal; blocks beyond the list (all, if ``None``) are the sequence's own.
+    """
+
+    key = cython.declare(object, visibility="public")
+    prompt = cython.declare(cython.longlong, visibility="public")
+    max_tokens = cython.declare(cython.longlong, visibility="public")
+    stop_after = cython.declare(cython.longlong, visibility="public")
+    priority = cython.declare(cython.longlong, visibility="public")
+    order = cython.declare(cython.double, visibility="public")
+    block_keys = cython.declare(object, visibility="public")
+    computed = cython.declare(cython.longlong, visibility="public")
+    output = cython.declare(cython.longlong, visibility="public")
+    placeholders = cython.declare(cython.longlong, visibility="public")
+    in_flight = cython.declare(cython.longlong, visibility="public")
+    stale = cython.declare(cython.longlong, visibility="public")
+    blocks = cython.declare(cython.longlong, visibility="public")
+    block_ids = cython.declare(list, visibility="public")
+    cached_blocks = cython.declare(cython.longlong, visibility="public")
+    hit_tokens = cython.declare(cython.longlong, visibility="public")
+    preemptions = cython.declare(cython.longlong, visibility="public")
+    status = cython.declare(cython.int, visibility="public")
+    # Times that whoever drives the scheduler notes here, seconds; negative: not yet.
+    arrived_s = cython.declare(cython.double, visibility="public")
+    scheduled_s = cython.declare(cython.double, visibility="public")
+    first_token_s = cython.declare(cython.double, visibility="public")
+    finished_s = cython.declare(cython.double, visibility="public")
+
+    def __init__(self, key, prompt, max_tokens, stop_after=None, priority=0, order=0.0, block_keys=None, arrived_s=0.0):
+        self.key = key
+        self.prompt = prompt
+        self.max_tokens = max_tokens
+        self.stop_after = max_tokens if stop_after is None else min(stop_after, max_tokens)
+        self.priority = priority
+        self.order = order
+        self.block_keys = block_keys
+        self.computed = 0
+        self.output = 0
+        self.placeholders = 0
+        self.in_flight = 0
+        self.stale = 0
+        self.blocks = 0
+        self.block_ids = []
+        self.cached_blocks = 0
+        self.hit_tokens = 0
+        self.preemptions = 0
+        self.status = WAITING
+        self.arrived_s = arrived_s
+        self.scheduled_s = -1.0
+        self.first_token_s = -1.0
+        self.finished_s = -1.0
+
+    @cython.ccall
+    def block_key(self, i: cython.longlong) -> object:
+        """Identity of the content of everything up to the end of block ``i``."""
+        if self.block_keys is not None and i < len(self.block_keys):
+            return self.block_keys[i]
+        return (self.key, i)
+
+    def __lt__(self, other: Sequence) -> bool:
+        """Order of the waiting queue under the priority policy."""
+        if self.priority != other.priority:
+            return self.priority < other.priority
+        return self.order < other.order
+
+
+@cython.cclass
+class Batch:
+    """What one step computes: aligned lists, and the aggregates a step-time model needs.
+
+    ``context`` sums the tokens already in cache of the decoding requests; ``prefill_work`` sums, over prefill
+    chunks, tokens x (computed before + tokens / 2). ``chunks`` lists (tokens, computed before).
+    """
+
+    sequences = cython.declare(list, visibility="public")
+    tokens = cython.declare(list, visibility="public")
+    samples = cython.declare(list, visibility="public")
+    chunks = cython.declare(list, visibility="public")
+    total_tokens = cython.declare(cython.longlong, visibility="public")
+    decode_requests = cython.declare(cython.longlong, visibility="public")
+    context = cython.declare(cython.longlong, visibility="public")
+    prefill_tokens = cython.declare(cython.longlong, visibility="public")
+    prefill_work = cython.declare(cython.double, visibility="public")
+    preempted = cython.declare(list, visibility="public")
+
+    def __init__(self):
+        self.sequences = []
+        self.tokens = []
+        self.samples = []
+        self.chunks = []
+        self.total_tokens = 0
+        self.decode_requests = 0
+        self.context = 0
+        self.prefill_tokens = 0
+        self.prefill_work = 0.0
+        self.preempted = []
+
+
+@cython.cclass
+class PrefixPool:
+    """Blocks with identities: reference counts, content keys, and a free list in order of eviction.
+
+    A freed block that is findable goes to the tail of the free list, any other to its head; allocation takes the
+    head and forgets its content. Blocks of equal content stay apart; the first one is the one that is found.
+    """
+
+    free = cython.declare(object, visibility="public")
+    references = cython.declare(list)
+    key_of = cython.declare(list)
+    blocks_of = cython.declare(dict, visibility="public")
+
+    def __init__(self, num_blocks):
+        self.free = OrderedDict((b, None) for b in range(1, num_blocks))
+        self.references = [0] * num_blocks
+        self.key_of = [None] * num_blocks
+        self.blocks_of = {}
+
+    @cython.ccall
+    def find(self, seq: Sequence, most: cython.longlong) -> list:
+        """The blocks that hold the longest run of the sequence's first ``most`` blocks."""
+        i: cython.longlong
+        found: list = []
+        for i in range(most):
+            blocks = self.blocks_of.get(seq.block_key(i))
+            if blocks is None:
+                break
+            found.append(blocks[0])
+        return found
+
+    @cython.ccall
+    def unreferenced(self, blocks: list) -> cython.longlong:
+        """How many of ``blocks`` are held by nobody, so that touching them takes them out of the free list."""
+        n: cython.longlong = 0
+        for block in blocks:
+            if self.references[block] == 0:
+                n += 1
+        return n
+
+    @cython.ccall
+    def touch(self, blocks: list) -> None:
+        for block in blocks:
+            if self.references[block] == 0:
+                del self.free[block]
+            self.references[block] += 1
+
+    @cython.ccall
+    def take(self, count: cython.longlong) -> list:
+        taken: list = []
+        for _ in range(count):
+            block, _nothing = self.free.popitem(last=False)
+            key = self.key_of[block]
+            if key is not None:
+                self._forget(block, key)
+            self.references[block] = 1
+            taken.append(block)
+        return taken
+
+    @cython.cfunc
+    def _forget(self, block: object, key: object) -> cython.void:
+        blocks: list = self.blocks_of[key]
+        if len(blocks) == 1:
+            del self.blocks_of[key]
+        else:
+            blocks.remove(block)
+        self.key_of[block] = None
+
+    @cython.ccall
+    def enter(self, block: object, key: object) -> None:
+        """Make a full block findable by its content."""
+        if self.key_of[block] is None:
+            self.key_of[block] = key
+            blocks = self.blocks_of.get(key)
+            if blocks is None:
+                self.blocks_of[key] = [block]
+            else:
+                blocks.append(block)
+
+    @cython.ccall
+    def release(self, blocks: list) -> None:
+        """Give back a sequence's blocks (in its order); the last one is the first to be evicted."""
+        plain: list = []
+        for block in reversed(blocks):
+            self.references[block] -= 1
+            if self.references[block] == 0:
+                if self.key_of[block] is not None:
+                    self.free[block] = None
+                else:
+                    plain.append(block)
+        for block in reversed(plain):
+            self.free[block] = None
+            self.free.move_to_end(block, last=False)
+
+
+@cython.cclass
+class Scheduler:
+    """The queues and the blocks of one engine; ``schedule`` and ``update`` are its only ways to change, besides ``add``
+    and ``abort``. See the file's head."""
+
+    limits = cython.declare(object, visibility="public")
+    running = cython.declare(list, visibility="public")
+    waiting = cython.declare(object, visibility="public")
+    pool = cython.declare(PrefixPool, visibility="public")
+    preemptions = cython.declare(cython.longlong, visibility="public")
+    _free = cython.declare(cython.longlong)
+    _block_size = cython.declare(cython.longlong)
+    _budget = cython.declare(cython.longlong)
+    _running_max = cython.declare(cython.longlong)
+    _model_len = cython.declare(cython.longlong)
+    _prefill_cap = cython.declare(cython.longlong)
+    _watermark = cython.declare(cython.longlong)
+    _reserve = cython.declare(cython.bint)
+    _chunked = cython.declare(cython.bint)
+    _priority = cython.declare(cython.bint)
+
+    def __init__(self, limits):
+        self.limits = limits
+        self.running = []
+        self.waiting = [] if limits.policy == "priority" else deque()
+        self.pool = PrefixPool(limits.num_gpu_blocks) if limits.enable_prefix_caching else None
+        self.preemptions = 0
+        self._free = limits.blocks_usable
+        self._block_size = limits.block_size
+        self._budget = limits.max_num_batched_tokens
+        self._running_max = limits.max_num_seqs
+        self._model_len = limits.max_model_len
+        self._prefill_cap = limits.long_prefill_token_threshold
+        self._watermark = limits.watermark_blocks
+        self._reserve = limits.scheduler_reserve_full_isl
+        self._chunked = limits.enable_chunked_prefill
+        self._priority = limits.policy == "priority"
+
+    # ---- what anyone may ask or bring
+
+    @property
+    def blocks_free(self) -> int:
+        return self._free_blocks()
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self.running) or bool(self.waiting)
+
+    def can_ever_run(self, sequence) -> bool:
+        """Whether this engine could serve the sequence at all, alone, to its end."""
+        total = min(sequence.prompt + sequence.stop_after, self._model_len)
+        return sequence.prompt < self._model_len and -(-total // self._block_size) <= self.limits.blocks_usable
+
+    def add(self, sequence) -> None:
+        """Append a new request to the waiting queue."""
+        self._enqueue(sequence, False)
+
+    def abort(self, sequence) -> None:
+        """Remove a request at once (client gone, or stopped from outside); its blocks are free afterwards."""
+        if sequence.status == FINISHED:
+            return
+        if sequence.status == RUNNING:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+        sequence.status = FINISHED
+
+    # ---- schedule
+
+    @cython.ccall
+    def schedule(self) -> Batch:
+        """Fill the next batch; may preempt. An empty batch means that there is nothing to compute now."""
+        batch: Batch = Batch()
+        budget: cython.longlong = self._budget
+        cap: cython.longlong = 0
+        if self._prefill_cap > 0 and len(self.running) + len(self.waiting) > 1:
+            cap = self._prefill_cap
+        budget = self._schedule_running(batch, budget, cap)
+        if not batch.preempted:
+            self._schedule_waiting(batch, budget, cap)
+        self._commit(batch)
+        return batch
+
+    @cython.cfunc
+    def _schedule_running(self, batch: Batch, budget: cython.longlong, cap: cython.longlong) -> cython.longlong:
+        i: cython.longlong = 0
+        n: cython.longlong
+        seq: Sequence
+        victim: Sequence
+        scheduled: cython.bint
+        while i < len(self.running) and budget > 0:
+            seq = self.running[i]
+            if seq.placeholders > 0 and seq.computed + 2 - seq.placeholders >= seq.prompt + seq.max_tokens:
+                i += 1  # its last token is already being computed
+                continue
+            n = seq.prompt + seq.output + seq.placeholders - seq.computed
+            if 0 < cap < n:
+                n = cap
+            n = min(n, budget, self._model_len - seq.computed - 1)
+            if n <= 0:
+                i += 1
+                continue
+            scheduled = True
+            while not self._allocate(seq, n):
+                victim = self._choose_victim()
+                j: cython.longlong = self.running.index(victim)
+                del self.running[j]
+                if j < i:
+                    i -= 1
+                    budget += self._unschedule(batch, victim)
+                self._preempt(victim, batch)
+                if victim is seq:
+                    scheduled = False
+                    break
+            if not scheduled:
+                break
+            batch.sequences.append(seq)
+            batch.tokens.append(n)
+            budget -= n
+            i += 1
+        return budget
+
+    @cython.cfunc
+    def _schedule_waiting(self, batch: Batch, budget: cython.longlong, cap: cython.longlong) -> cython.void:
+        n: cython.longlong
+        seq: Sequence
+        looked_past: list = []
+        while self.waiting and budget > 0 and len(self.running) < self._running_max:
+            seq = self.waiting[0]
+            if seq.stale > 0:  # its output from before the preemption is still in flight
+                looked_past.append(self._pop_waiting())
+                continue
+            hit: list = self._cached_prefix(seq)
+            computed: cython.longlong = len(hit) * self._block_size
+            n = seq.prompt + seq.output - computed
+            if 0 < cap < n:
+                n = cap
+            if not self._chunked and n > budget:
+                break
+            n = min(n, budget)
+            if not self._admit(seq, n, hit):
+                break
+            self._pop_waiting()
+            self.running.append(seq)
+            seq.status = RUNNING
+            seq.computed = computed
+            batch.sequences.append(seq)
+            batch.tokens.append(n)
+            budget -= n
+        for seq in reversed(looked_past):
+            self._enqueue(seq, True)
+
+    @cython.cfunc
+    def _commit(self, batch: Batch) -> cython.void:
+        """Count the batch's tokens as computed (optimistically) and sum up its shape."""
+        i: cython.longlong
+        n: cython.longlong
+        seq: Sequence
+        samples: cython.bint
+        for i in range(len(batch.sequences)):
+            seq = batch.sequences[i]
+            n = batch.tokens[i]
+            if n == 1 and seq.computed >= seq.prompt:
+                batch.decode_requests += 1
+                batch.context += seq.computed
+            else:
+                batch.chunks.append((n, seq.computed))
+                batch.prefill_tokens += n
+                batch.prefill_work += n * (seq.computed + 0.5 * n)
+            batch.total_tokens += n
+            seq.computed += n
+            seq.in_flight += n
+            samples = seq.computed >= seq.prompt + seq.output + seq.placeholders
+            if samples:
+                seq.placeholders += 1
+            batch.samples.append(samples)
+
+    # ---- update
+
+    @cython.ccall
+    def update(self, batch: Batch) -> list:
+        """Take in a batch's results, oldest batch first. Returns the sequences that got a token; finished ones have the status."""
+        i: cython.longlong
+        n: cython.longlong
+        seq: Sequence
+        was_stale: cython.bint
+        any_finished: cython.bint = False
+        sampled: list = []
+        for i in range(len(batch.sequences)):
+            seq = batch.sequences[i]
+            n = batch.tokens[i]
+            seq.in_flight -= n
+            was_stale = seq.stale > 0
+            if was_stale:
+                seq.stale -= n
+            if seq.status == FINISHED or not batch.samples[i]:
+                continue
+            seq.output += 1
+            sampled.append(seq)
+            if not was_stale:
+                seq.placeholders -= 1
+            if seq.output >= seq.stop_after or seq.prompt + seq.output >= self._model_len:
+                if seq.status != RUNNING:
+                    self.waiting.remove(seq)
+                self._release(seq)
+                seq.status = FINISHED
+                any_finished = True
+            elif seq.status == RUNNING and self.pool is not None:
+                self._enter_full_blocks(seq, seq.computed - seq.placeholders)
+        if any_finished:
+            self.running = [s for s in self.running if cython.cast(Sequence, s).status == RUNNING]
+        return sampled
+
+    # ---- queues
+
+    @cython.cfunc
+    def _pop_waiting(self) -> Sequence:
+        return self.waiting.pop(0) if self._priority else self.waiting.popleft()
+
+    @cython.cfunc
+    def _enqueue(self, seq: Sequence, front: cython.bint) -> cython.void:
+        if self._priority:
+            insort(self.waiting, seq)
+        elif front:
+            self.waiting.appendleft(seq)
+        else:
+            self.waiting.append(seq)
+
+    @cython.cfunc
+    def _choose_victim(self) -> Sequence:
+        if self._priority:
+            return max(self.running)
+        return self.running[len(self.running) - 1]
+
+    @cython.cfunc
+    def _unschedule(self, batch: Batch, victim: Sequence) -> cython.longlong:
+        """Take a victim out of the batch being filled; returns the tokens that it gives back to the budget."""
+        for k in range(len(batch.sequences)):
+            if batch.sequences[k] is victim:
+                n: cython.longlong = batch.tokens[k]
+                del batch.sequences[k]
+                del batch.tokens[k]
+                return n
+        return 0
+
+    @cython.cfunc
+    def _preempt(self, seq: Sequence, batch: Batch) -> cython.void:
+        self._release(seq)
+        seq.status = PREEMPTED
+        seq.computed = 0
+        seq.placeholders = 0
+        seq.stale = seq.in_flight
+        seq.preemptions += 1
+        self.preemptions += 1
+        batch.preempted.append(seq)
+        self._enqueue(seq, True)
+
+    # ---- blocks
+
+    @cython.cfunc
+    def _free_blocks(self) -> cython.longlong:
+        return self._free if self.pool is None else len(self.pool.free)
+
+    @cython.cfunc
+    def _blocks_for(self, tokens: cython.longlong) -> cython.longlong:
+        return (tokens + self._block_size - 1) // self._block_size
+
+    @cython.cfunc
+    def _allocate(self, seq: Sequence, n: cython.longlong) -> cython.bint:
+        """Blocks for ``n`` more tokens of a running sequence; changes nothing when they do not fit."""
+        need: cython.longlong = max(self._blocks_for(min(seq.computed + n, self._model_len)) - seq.blocks, 0)
+        if need > self._free_blocks():
+            return False
+        self._take(seq, need)
+        if self.pool is not None:
+            self._enter_full_blocks(seq, seq.computed + n)
+        return True
+
+    @cython.cfunc
+    def _admit(self, seq: Sequence, n: cython.longlong, hit: list) -> cython.bint:
+        """Blocks for a waiting sequence's first ``n`` tokens after its cached prefix; changes nothing when they do not fit."""
+        hits: cython.longlong = len(hit)
+        free: cython.longlong = self._free_blocks()
+        taken: cython.longlong = self._watermark if len(self.running) > 0 else 0
+        if self.pool is not None:
+            taken += self.pool.unreferenced(hit)
+        if self._reserve:
+            whole: cython.longlong = self._blocks_for(min(seq.prompt + seq.output, self._model_len)) - hits
+            if max(whole, 0) + taken > free:
+                return False
+        upto: cython.longlong = hits * self._block_size + n
+        need: cython.longlong = max(self._blocks_for(min(upto, self._model_len)) - hits, 0)
+        if need + taken > free:
+            return False
+        if self.pool is not None:
+            self.pool.touch(hit)
+            seq.block_ids = list(hit)
+            seq.cached_blocks = hits
+        seq.blocks = hits
+        if seq.preemptions == 0:
+            seq.hit_tokens = hits * self._block_size
+        self._take(seq, need)
+        if self.pool is not None:
+            self._enter_full_blocks(seq, upto)
+        return True
+
+    @cython.cfunc
+    def _take(self, seq: Sequence, count: cython.longlong) -> cython.void:
+        seq.blocks += count
+        if self.pool is None:
+            self._free -= count
+        elif count > 0:
+            seq.block_ids += self.pool.take(count)
+
+    @cython.cfunc
+    def _release(self, seq: Sequence) -> cython.void:
+        if self.pool is None:
+            self._free += seq.blocks
+        else:
+            self.pool.release(seq.block_ids)
+            seq.block_ids = []
+        seq.blocks = 0
+        seq.cached_blocks = 0
+
+    @cython.cfunc
+    def _cached_prefix(self, seq: Sequence) -> list:
+        if self.pool is None:
+            return []
+        # The last token is always computed, so that there is something to sample from.
+        return self.pool.find(seq, (seq.prompt + seq.output - 1) // self._block_size)
+
+    @cython.cfunc
+    def _enter_full_blocks(self, seq: Sequence, upto: cython.longlong) -> cython.void:
+        i: cython.longlong
+        full: cython.longlong = min(upto, seq.prompt + seq.output) // self._block_size
+        for i in range(seq.cached_blocks, full):
+            self.pool.enter(seq.block_ids[i], seq.block_key(i))
+        if full > seq.cached_blocks:
+            seq.cached_blocks = full

@@ -1,0 +1,55 @@
+"""How long one step takes: the compiled evaluation of a step-time profile.
+
+A decode-only step takes ``decode_base[n] + kv_s * context``: linear in the context, so that many steps of one batch have a
+closed form. A step with prefill takes ``mixed_base[tokens] + kv_mixed_s * context + attention_s * prefill_work +
+chunk_s * chunks + decode_request_s * n``. ``launch_s`` is how long the CPU is busy with launching the step: the results
+of the step before it are not looked at earlier (see docs/engine-model.md).
+"""
+
+import cython
+
+
+class StepCurve:
+    """Step times in seconds; arrays are indexed by request or token count, the last slope goes on beyond their ends."""
+
+    def __init__(self, decode_base, mixed_base, kv_s, kv_mixed_s, attention_s, chunk_s, decode_request_s,
+                 launch_decode_s, launch_mixed_s, launch_chunk_s):
+        if len(decode_base) < 2 or len(mixed_base) < 2:
+            raise ValueError("a step curve needs at least two points a table")
+        self.decode_base = decode_base
+        self.mixed_base = mixed_base
+        self.kv_s = kv_s
+        self.kv_mixed_s = kv_mixed_s
+        self.attention_s = attention_s
+        self.chunk_s = chunk_s
+        self.decode_request_s = decode_request_s
+        self.launch_decode_s = launch_decode_s
+        self.launch_mixed_s = launch_mixed_s
+        self.launch_chunk_s = launch_chunk_s
+
+    def decode_base_s(self, requests):
+        """Seconds of a decode-only step before its context is counted."""
+        last: cython.longlong = len(self.decode_base) - 1
+        if requests <= last:
+            return self.decode_base[requests]
+        return self.decode_base[last] + (requests - last) * (self.decode_base[last] - self.decode_base[last - 1])
+
+    def gpu_s(self, decode_requests, context, prefill_tokens, prefill_work, chunks):
+        """Seconds that the accelerator works on one step."""
+        if chunks == 0:
+            return self.decode_base_s(decode_requests) + self.kv_s * context
+        tokens: cython.longlong = decode_requests + prefill_tokens
+        last: cython.longlong = len(self.mixed_base) - 1
+        base: cython.double
+        if tokens <= last:
+            base = self.mixed_base[tokens]
+        else:
+            base = self.mixed_base[last] + (tokens - last) * (self.mixed_base[last] - self.mixed_base[last - 1])
+        return (base + self.kv_mixed_s * context + self.attention_s * prefill_work + self.chunk_s * chunks
+                + self.decode_request_s * decode_requests)
+
+    def launch_s(self, decode_requests, prefill_tokens, chunks):
+        """Seconds that the CPU is busy with launching one step."""
+        if chunks == 0:
+            return self.launch_decode_s
+        return self.launch_mixed_s + self.launch_chunk_s * chunks
