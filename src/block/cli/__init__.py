@@ -4,36 +4,19 @@ import importlib
 import sys
 
 import click
-import typer
-from typer.core import TyperGroup
 
 from block import __version__
 from block.errors import UserError
 
-# name -> module of this package whose ``app`` (a typer.Typer) holds the command.
-COMMANDS = {
-    "demo": "demo",
-    "serve": "serve",
-    "emulate": "emulate",
-    "predictor": "predictor",
-    "replay": "replay",
-    "simulate": "simulate",
-    "capacity": "capacity",
-    "compare": "compare",
-    "validate": "validate",
-    "fit": "fit",
-    "profile": "profile",
-    "profiles": "profiles",
-    "bench": "bench",
-    "length": "length",
-    "calibrate": "calibrate",
-    "autoscale": "autoscale",
-    "conformance": "conformance",
-    "policies": "policies",
-}
+# Subcommands in the order of the help text. Each is ``command``, a click command or group, in block.cli.NAME.
+COMMANDS = (
+    "demo", "serve", "predictor", "emulate", "replay",
+    "policies", "profiles", "profile", "fit", "calibrate", "validate", "bench",
+    "simulate", "capacity", "compare", "length", "autoscale", "conformance",
+)  # fmt: skip
 
 
-class LazyGroup(TyperGroup):
+class LazyGroup(click.Group):
     """Imports a subcommand's module only when that subcommand is asked for, so that each starts fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -42,34 +25,20 @@ class LazyGroup(TyperGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"block.cli.{COMMANDS[cmd_name]}")
-        command: click.Command = typer.main.get_command(module.app)
-        command.name = cmd_name
+        command: click.Command = importlib.import_module(f"block.cli.{cmd_name}").command
         return command
 
 
-app = typer.Typer(
-    cls=LazyGroup,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    help="Block, a predictive load balancer for large-language-model serving.",
-    pretty_exceptions_enable=False,
-)
-
-
-@app.callback(invoke_without_command=True)
-def root(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
-) -> None:
-    if version:
-        typer.echo(f"block {__version__}")
-        raise typer.Exit
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="block")
+def app() -> None:
+    """Block, a predictive load balancer for large-language-model serving."""
 
 
 def main() -> None:
     """Run the program; errors that the user can correct end in one sentence and exit code 2."""
     try:
-        app()
+        app(prog_name="block")
     except UserError as error:
-        typer.echo(f"block: {error}", err=True)
+        click.echo(f"block: {error}", err=True)
         sys.exit(2)
