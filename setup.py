@@ -1,4 +1,6 @@
-"""Compile the engine model with Cython; where no C compiler is at hand the same files run uncompiled."""
+"""Compile the engine model with Cython; where no C compiler is at hand, or BLOCK_NO_COMPILE=1, the same files run uncompiled."""
+
+import os
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -16,7 +18,10 @@ extensions = [
 ]
 
 setup(
-    ext_modules=cythonize(
+    # Beside vLLM only the plugin runs, which needs nothing compiled.
+    ext_modules=[]
+    if os.environ.get("BLOCK_NO_COMPILE") == "1"
+    else cythonize(
         extensions,
         language_level=3,
         compiler_directives={

@@ -1,9 +1,9 @@
 """The scheduler in time: one or two batches in flight, a CPU that launches, an accelerator that executes.
 
 One thread schedules, launches and takes in results; the accelerator runs batches in order. At time S a batch is scheduled, the
-CPU is busy until S + launch, the accelerator ends it at max(its previous end, S) + step, and the results are taken
-in at the later of that end and the CPU being free. With asynchronous scheduling the next batch is scheduled before the
-CPU waits, so an arrival waits for the batch that runs and the one already scheduled.
+CPU is busy until S + launch, the accelerator ends it at max(its previous end, S + head) + step, and not before its last kernel is
+launched; the results are taken in at the later of that end and the CPU being free. With asynchronous scheduling the
+next batch is scheduled before the CPU waits, so an arrival waits for the batch that runs and the one already scheduled.
 """
 
 from collections import deque
@@ -12,6 +12,9 @@ from typing import NamedTuple
 from block.engine.limits import EngineLimits
 from block.engine.scheduler import FINISHED, Batch, Scheduler, Sequence
 from block.steptime.curve import StepCurve
+
+
+STEPS_KEPT = 16  # finished steps that are remembered, for snapshots
 
 
 class Flight(NamedTuple):
@@ -32,6 +35,7 @@ class Engine:
         self.scheduler = Scheduler(limits)
         self.in_flight: deque[Flight] = deque()
         self.steps = 0
+        self.recent: deque[tuple[Flight, float]] = deque(maxlen=STEPS_KEPT)  # the last finished steps, when they finished
         self._arrivals: deque[tuple[float, Sequence]] = deque()
         self._cpu_free_s = now_s
         self._gpu_free_s = now_s
@@ -43,8 +47,10 @@ class Engine:
         self._arrivals.append((at_s, sequence))
         self._stuck = False
 
-    def abort(self, sequence: Sequence) -> None:
-        """Forget a request, wherever it is."""
+    def abort(self, sequence: Sequence, at_s: float | None = None) -> None:
+        """Forget a request, wherever it is; what its leaving makes possible does not happen before ``at_s``."""
+        if at_s is not None:
+            self._cpu_free_s = max(self._cpu_free_s, at_s)
         for entry in self._arrivals:
             if entry[1] is sequence:
                 self._arrivals.remove(entry)
@@ -72,13 +78,17 @@ class Engine:
             elif self.in_flight:
                 self._update(at_s, tokens)
             else:
+                self._cpu_free_s = at_s  # what waits cannot run; only the next arrival may change that
                 self._stuck = False
         return tokens
 
     def _can_schedule(self) -> bool:
         if self._stuck or len(self.in_flight) >= self._batches_max:
             return False
-        return self.scheduler.has_requests or (bool(self._arrivals) and not self.in_flight)
+        if self.scheduler.has_requests:
+            return True
+        # The input queue is drained on every turn of the engine's loop, and awaited when nothing is in flight.
+        return bool(self._arrivals) and (not self.in_flight or self._arrivals[0][0] <= self._cpu_free_s)
 
     def _schedule(self, now_s: float) -> None:
         while self._arrivals and self._arrivals[0][0] <= now_s:
@@ -92,7 +102,7 @@ class Engine:
                 sequence.scheduled_s = now_s
         chunks = len(batch.chunks)
         self._cpu_free_s = now_s + self.curve.launch_s(batch.decode_requests, batch.prefill_tokens, chunks)
-        started_s = max(self._gpu_free_s, now_s)
+        started_s = max(self._gpu_free_s, now_s + self.curve.head_s)
         step_s = self.curve.gpu_s(batch.decode_requests, batch.context, batch.prefill_tokens, batch.prefill_work, chunks)
         self._gpu_free_s = max(started_s + step_s, self._cpu_free_s)
         self.in_flight.append(Flight(batch, now_s, started_s, self._gpu_free_s))
@@ -101,7 +111,9 @@ class Engine:
     def _update(self, now_s: float, tokens: list[tuple[float, Sequence]]) -> None:
         self._stuck = False
         self._cpu_free_s = now_s
-        for sequence in self.scheduler.update(self.in_flight.popleft().batch):
+        flight = self.in_flight.popleft()
+        self.recent.append((flight, now_s))
+        for sequence in self.scheduler.update(flight.batch):
             if sequence.output == 1:
                 sequence.first_token_s = now_s
             if sequence.status == FINISHED:

@@ -18,7 +18,7 @@ the content of everything up to its end, may be shared, and when free stays find
 recently used first.
 
 Sources: vLLM 0.10-0.33 ``vllm/v1/core/sched`` as specified in docs/engine-model.md; exact against recorded traces
-and against the real classes (tests/test_scheduler_traces.py, ``make test-vllm``). This file also runs uncompiled.
+and against the real classes (tests/engine/test_scheduler_traces.py, ``make test-vllm``). This file also runs uncompiled.
 """
 
 from bisect import insort
@@ -431,14 +431,14 @@ class Scheduler:
             sampled.append(seq)
             if not was_stale:
                 seq.placeholders -= 1
+            if seq.status == RUNNING and self.pool is not None:  # also when it ends now: its blocks stay findable
+                self._enter_full_blocks(seq, seq.computed - seq.placeholders)
             if seq.output >= seq.stop_after or seq.prompt + seq.output >= self._model_len:
                 if seq.status != RUNNING:
                     self.waiting.remove(seq)
                 self._release(seq)
                 seq.status = FINISHED
                 any_finished = True
-            elif seq.status == RUNNING and self.pool is not None:
-                self._enter_full_blocks(seq, seq.computed - seq.placeholders)
         if any_finished:
             self.running = [s for s in self.running if cython.cast(Sequence, s).status == RUNNING]
         return sampled

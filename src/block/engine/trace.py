@@ -1,8 +1,9 @@
 """Replay a recorded scheduler trace through the model and compare every decision.
 
 Format (gzip JSON lines): a header ``{"engine": {limits...}}``, then one object per ``schedule()`` call with the arrivals
-since the last call ``[id, prompt_tokens, max_tokens, priority(, output_tokens)]``, scheduled ``[id, tokens]``, and
-running, waiting, blocks_free, preempted after the call.
+since the last call ``[id, prompt_tokens, max_tokens, priority(, output_tokens(, content))]``, scheduled ``[id, tokens]``, and
+running, waiting, blocks_free, preempted after the call. ``output_tokens`` is ``null`` for a request that was aborted;
+``content`` numbers the content up to the end of each of its first full blocks, equal where two requests agree.
 """
 
 import gzip
@@ -52,7 +53,7 @@ def validate_trace(path: Path) -> TraceVerdict:
             sequences[key] = Sequence(
                 key, prompt, max_tokens, priority=priority, order=float(len(sequences)),
                 stop_after=arrival[4] if len(arrival) > 4 else None,
-                block_keys=shared_keys[: prompt // limits.block_size],
+                block_keys=arrival[5] if len(arrival) > 5 else shared_keys[: prompt // limits.block_size],
             )
             scheduler.add(sequences[key])
         early_stops += _end_as_recorded(scheduler, call)

@@ -40,7 +40,7 @@ HEADER: Final = np.dtype(
         ("epoch", "<u8"),  # another number after the engine's restart
         ("taken_s", "<f8"),
         ("batch_1_started_s", "<f8"),  # when the older batch in flight began to execute
-        ("batch_2_scheduled_s", "<f8"),
+        ("newest_scheduled_s", "<f8"),  # when the newest batch in flight was scheduled
         ("waiting_tokens_beyond", "<i8"),  # prompt tokens of waiting requests beyond the cap
         ("preemptions_total", "<i8"),
         ("kv_blocks_free", "<i4"), ("num_gpu_blocks", "<i4"), ("block_size", "<i4"), ("max_num_seqs", "<i4"),

@@ -2,18 +2,23 @@
 
 A decode-only step takes ``decode_base[n] + kv_s * context``: linear in the context, so that many steps of one batch have a
 closed form. A step with prefill takes ``mixed_base[tokens] + kv_mixed_s * context + attention_s * prefill_work +
-chunk_s * chunks + decode_request_s * n``. ``launch_s`` is how long the CPU is busy with launching the step: the results
-of the step before it are not looked at earlier (see docs/engine-model.md).
+chunk_s * chunks + decode_request_s * n``. ``launch_s`` is how long the CPU is busy with scheduling and launching the step:
+the results of the step before it are not looked at earlier. An idle accelerator starts ``head_s`` after the step is
+scheduled. See docs/engine-model.md.
 """
 
 import cython
 
 
 class StepCurve:
-    """Step times in seconds; arrays are indexed by request or token count, the last slope goes on beyond their ends."""
+    """Step times in seconds; arrays are indexed by request or token count, the last slope goes on beyond their ends.
+
+    ``graph_tokens``: the most tokens of a step that the engine runs from captured CUDA graphs; beyond, every kernel is
+    launched by itself (``launch_eager_s``).
+    """
 
     def __init__(self, decode_base, mixed_base, kv_s, kv_mixed_s, attention_s, chunk_s, decode_request_s,
-                 launch_decode_s, launch_mixed_s, launch_chunk_s):
+                 launch_decode_s, launch_graph_s, launch_eager_s, launch_request_s, head_s, graph_tokens):
         if len(decode_base) < 2 or len(mixed_base) < 2:
             raise ValueError("a step curve needs at least two points a table")
         self.decode_base = decode_base
@@ -24,8 +29,11 @@ class StepCurve:
         self.chunk_s = chunk_s
         self.decode_request_s = decode_request_s
         self.launch_decode_s = launch_decode_s
-        self.launch_mixed_s = launch_mixed_s
-        self.launch_chunk_s = launch_chunk_s
+        self.launch_graph_s = launch_graph_s
+        self.launch_eager_s = launch_eager_s
+        self.launch_request_s = launch_request_s
+        self.head_s = head_s
+        self.graph_tokens = graph_tokens
 
     def decode_base_s(self, requests):
         """Seconds of a decode-only step before its context is counted."""
@@ -49,7 +57,10 @@ class StepCurve:
                 + self.decode_request_s * decode_requests)
 
     def launch_s(self, decode_requests, prefill_tokens, chunks):
-        """Seconds that the CPU is busy with launching one step."""
-        if chunks == 0:
-            return self.launch_decode_s
-        return self.launch_mixed_s + self.launch_chunk_s * chunks
+        """Seconds that the CPU is busy with one step: from taking in results over scheduling to its last kernel launch."""
+        requests_s: cython.double = self.launch_request_s * (decode_requests + chunks)
+        if decode_requests + prefill_tokens > self.graph_tokens:
+            return self.launch_eager_s + requests_s
+        if chunks > 0:
+            return self.launch_graph_s + requests_s
+        return self.launch_decode_s + requests_s

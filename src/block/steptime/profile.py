@@ -5,18 +5,33 @@ from pathlib import Path
 
 import msgspec
 
+from block.engine.limits import EngineLimits
 from block.errors import BadInputError, UnknownNameError
 from block.steptime.curve import StepCurve
 
 SHIPPED = Path(__file__).parent / "profiles"
+GRAPH_TOKENS_MOST = 512  # vLLM captures CUDA graphs of up to min(512, 2 x max_num_seqs) tokens
+
+Knots = list[tuple[float, float]]
+
+
+class RegimeError(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a profile is from measured steps of one kind: of the sum, and of one window or step (medians, absolute)."""
+
+    regime: str
+    samples: int
+    bias_fraction: float
+    error_p50_fraction: float
+    error_p90_fraction: float
 
 
 class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Seconds per step of one (GPU, model, tensor parallelism); see ``curve.StepCurve`` for the formula.
 
     ``decode_knots``: (decode requests, seconds), ``mixed_knots``: (tokens in a step with prefill, seconds), both
-    linear between knots and beyond the last two. ``input_s``: from the API's arrival to the scheduler's queue;
-    ``output_s``: from a step's results to the caller.
+    linear between knots and beyond the last two. ``caching_s``: what every step takes longer with prefix caching on.
+    ``input_s``: from the API's arrival to the scheduler's queue; ``output_s`` + ``output_request_s`` per request of the
+    batch: from a step's results to the caller.
     """
 
     name: str
@@ -24,29 +39,47 @@ class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     model: str
     tensor_parallel: int = 1
     source: str = ""
-    decode_knots: list[tuple[float, float]]
-    mixed_knots: list[tuple[float, float]]
+    licence: str = ""
+    decode_knots: Knots
+    mixed_knots: Knots
     kv_s: float
     kv_mixed_s: float = 0.0
     attention_s: float = 0.0
     chunk_s: float = 0.0
     decode_request_s: float = 0.0
+    caching_s: float = 0.0
     launch_decode_s: float = 0.0
-    launch_mixed_s: float = 0.0
-    launch_chunk_s: float = 0.0
+    launch_graph_s: float = 0.0
+    launch_eager_s: float = 0.0
+    launch_request_s: float = 0.0
+    head_s: float = 0.0
     input_s: float = 0.0
     output_s: float = 0.0
+    output_request_s: float = 0.0
+    errors: list[RegimeError] = []
 
-    def curve(self, scale: float = 1.0) -> StepCurve:
-        """The compiled form; ``scale`` multiplies all times (a slower GPU, an online correction)."""
+    def curve(self, scale: float = 1.0, limits: EngineLimits | None = None) -> StepCurve:
+        """The compiled form; ``scale`` multiplies all times (a slower GPU, an online correction).
+
+        ``limits``: the engine's, which decide the CUDA graphs captured and whether ``caching_s`` counts; vLLM's
+        defaults if not given.
+        """
+        limits = limits or EngineLimits()
+        more_s = self.caching_s if limits.enable_prefix_caching else 0.0
         return StepCurve(
-            _dense(self.decode_knots, scale), _dense(self.mixed_knots, scale), self.kv_s * scale, self.kv_mixed_s * scale,
-            self.attention_s * scale, self.chunk_s * scale, self.decode_request_s * scale,
-            self.launch_decode_s * scale, self.launch_mixed_s * scale, self.launch_chunk_s * scale,
+            _dense(self.decode_knots, scale, more_s), _dense(self.mixed_knots, scale, more_s),
+            self.kv_s * scale, self.kv_mixed_s * scale, self.attention_s * scale, self.chunk_s * scale,
+            self.decode_request_s * scale, self.launch_decode_s * scale, self.launch_graph_s * scale,
+            self.launch_eager_s * scale, self.launch_request_s * scale, self.head_s * scale, graph_tokens(limits),
         )  # fmt: skip
 
 
-def _dense(knots: list[tuple[float, float]], scale: float) -> "array[float]":
+def graph_tokens(limits: EngineLimits) -> int:
+    """The most tokens of a step that vLLM runs from captured CUDA graphs (its default ``max_cudagraph_capture_size``)."""
+    return min(GRAPH_TOKENS_MOST, 2 * limits.max_num_seqs)
+
+
+def _dense(knots: Knots, scale: float, more_s: float) -> "array[float]":
     import numpy as np
 
     x, y = np.array(knots, dtype=float).T
@@ -55,7 +88,7 @@ def _dense(knots: list[tuple[float, float]], scale: float) -> "array[float]":
     slope = (y[-1] - y[-2]) / (x[-1] - x[-2]) if len(x) > 1 else 0.0
     grid = np.arange(0, int(x[-1]) + 2)
     dense = np.where(grid <= x[-1], np.interp(grid, x, y), y[-1] + slope * (grid - x[-1]))
-    return array("d", (dense * scale).tolist())
+    return array("d", ((dense + more_s) * scale).tolist())
 
 
 def load_profile(name_or_path: str) -> StepTimeProfile:
@@ -79,3 +112,16 @@ def load_profile(name_or_path: str) -> StepTimeProfile:
 def profile_names() -> list[str]:
     """Names of the shipped profiles."""
     return sorted(p.stem for p in SHIPPED.glob("*.json"))
+
+
+def profile_for(gpu: str, model: str, tensor_parallel: int = 1) -> StepTimeProfile:
+    """The shipped profile of a GPU and a model.
+
+    Raises:
+        UnknownNameError: none is shipped.
+    """
+    for name in profile_names():
+        profile = load_profile(name)
+        if (profile.gpu, profile.model, profile.tensor_parallel) == (gpu, model, tensor_parallel):
+            return profile
+    raise UnknownNameError("profile for", f"{model} on {gpu} with tensor parallelism {tensor_parallel}", profile_names())

@@ -1,0 +1,38 @@
+"""``block policies``: the table of policies."""
+
+import click
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def command(*, as_json: bool) -> None:
+    """List the routing policies: what each looks at, and its options.
+
+    \b
+    Examples:
+      block policies
+      block policies --json
+      block serve --policy block-k:k=3 --instance http://localhost:8101,predictor=http://localhost:8201
+    """
+    import inspect
+
+    import msgspec
+
+    from block.policy.table import POLICIES, make_policy
+
+    rows = []
+    for name, spec in POLICIES.items():
+        options = {option: p.default for option, p in inspect.signature(spec.make).parameters.items()}
+        needs = getattr(make_policy(name).rank.needs, "name", str(make_policy(name).rank.needs)).lower()
+        rows.append({"name": name, "description": spec.description, "needs": needs, "options": options})
+    if as_json:
+        click.echo(msgspec.json.encode(rows).decode())
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("policy", "chooses", "needs", "options", box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
+        table.add_row(row["name"], row["description"], row["needs"], options)
+    Console().print(table)

@@ -1,0 +1,234 @@
+"""Every knob of the gateway, in one frozen record: from flags, ``BLOCK_*`` variables and a strict TOML file."""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, get_type_hints
+from urllib.parse import urlsplit
+
+import msgspec
+
+from block.errors import ConfigError
+
+ENVIRONMENT_PREFIX: Final = "BLOCK_"
+RELOADABLE: Final = frozenset(
+    {
+        "instances", "policy", "max_concurrent_requests", "queue_size", "queue_timeout_s", "instance_in_flight_max",
+        "request_timeout_s", "retries", "stale_after_s", "api_keys",
+    }
+)  # fmt: skip
+"""Fields that a reload changes; the others need a restart, and the reload says so."""
+
+
+class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One engine: its base URL, its predictor's, a name (the URL's host and port where none is given)."""
+
+    url: str
+    predictor: str | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for field, url in (("instance URL", self.url), ("predictor URL", self.predictor)):
+            if url is not None:
+                check_url(field, url)
+
+    @property
+    def id(self) -> str:
+        return self.name or urlsplit(self.url).netloc
+
+
+class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole configuration. Times in seconds, sizes in bytes."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    instances: list[InstanceConfig] = []
+    policy: str = "block"
+    length_estimator: str = "history"
+    predict: Literal["local", "remote"] = "local"
+    seed: int | None = None
+
+    stale_after_s: float = 2.0  # a predictor silent for this long is no evidence
+    unseen_after_s: float = 5.0  # a dispatched request that no snapshot shows counts for this long
+    horizon_s: float = 600.0
+    predict_timeout_s: float = 0.25  # with --predict remote
+
+    max_concurrent_requests: int = 16384
+    instance_in_flight_max: int = 4096
+    queue_size: int = 1024
+    queue_timeout_s: float = 10.0
+    connections_max: int = 20000
+    retries: int = 3
+    retry_budget_fraction: float = 0.2  # of the requests of the last ten seconds, and ten more
+
+    connect_timeout_s: float = 2.0
+    request_timeout_s: float = 1800.0
+    header_timeout_s: float = 10.0  # a request's head must be whole by then
+    body_timeout_s: float = 60.0
+    idle_timeout_s: float = 75.0  # of a client's connection between two requests
+    request_bytes_max: int = 32 * 1024 * 1024
+    header_bytes_max: int = 32 * 1024
+
+    health_check_interval_s: float = 2.0
+    health_check_timeout_s: float = 2.0
+    health_check_path: str = "/health"
+    health_failure_threshold: int = 3
+    cb_failure_threshold: int = 5  # failed requests in a row that open an instance's circuit
+    cb_open_s: float = 5.0
+    hang_after_s: float = 0.75  # all streams of an instance silent for this long: no new requests to it; 0: off
+    shutdown_grace_period_s: float = 60.0
+
+    api_keys: list[str] = []
+    api_key_file: str | None = None
+    admin_key: str | None = None
+    decisions_kept: int = 4096
+    decision_headers: bool = True
+    passthrough: list[str] = ["/v1/", "/tokenize", "/detokenize", "/score", "/rerank", "/pooling", "/classify", "/version"]
+    config_file: str | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be in 0-65535, not {self.port}.")
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if kind in (int, float) and value < 0:
+                raise ConfigError(f"{name} must not be negative, not {value}.")
+        for name in ("max_concurrent_requests", "instance_in_flight_max", "request_bytes_max", "header_bytes_max", "connections_max"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1.")
+        ids = [instance.id for instance in self.instances]
+        for name in ids:
+            if ids.count(name) > 1:
+                raise ConfigError(f"Two instances are named {name!r}: give one of them another name=.")
+
+    def all_keys(self) -> tuple[str, ...]:
+        """The API keys given here and in the key file (one a line, # comments).
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        if self.api_key_file is None:
+            return tuple(self.api_keys)
+        try:
+            lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"The API key file {self.api_key_file} cannot be read: {error}.") from error
+        return (*self.api_keys, *(line.strip() for line in lines if line.strip() and not line.startswith("#")))
+
+
+def check_url(field: str, url: str) -> None:
+    """Raises ConfigError unless this is an ``http://`` URL with a host and at most a path."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"The {field} {url!r} is not a URL: {error}.") from error
+    if parts.scheme != "http" or not parts.hostname or port == 0 or parts.query or parts.fragment or parts.username:
+        raise ConfigError(f"The {field} must look like http://host:port, not {url!r}.")
+
+
+def parse_instance(text: str) -> InstanceConfig:
+    """``URL[,predictor=URL][,name=NAME]`` as written after ``--instance``.
+
+    Raises:
+        ConfigError: another key, or a URL that is none.
+    """
+    url, *rest = text.split(",")
+    if "://" not in url:
+        url = f"http://{url}"
+    given: dict[str, str] = {}
+    for part in rest:
+        key, equals, value = part.partition("=")
+        if key not in ("predictor", "name") or not equals or not value:
+            raise ConfigError(f"After an instance's URL come predictor=URL and name=NAME, not {part!r}.")
+        given[key] = value
+    if "predictor" in given and "://" not in given["predictor"]:
+        given["predictor"] = f"http://{given['predictor']}"
+    return InstanceConfig(url=url.rstrip("/"), **given)
+
+
+def load_config(
+    flags: Mapping[str, Any], *, file: str | None = None, environment: Mapping[str, str] | None = None
+) -> GatewayConfig:
+    """Flags over ``BLOCK_*`` variables over the TOML file over the defaults. ``flags`` holds only what was given.
+
+    Raises:
+        ConfigError: an unknown key (the message lists the known ones), a wrong type or value, an unreadable file.
+    """
+    environment = os.environ if environment is None else environment
+    file = file or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG_FILE")
+    merged: dict[str, Any] = _from_file(file) if file else {}
+    merged.update(_from_environment(environment))
+    merged.update(flags)
+    if file:
+        merged["config_file"] = str(file)
+    try:
+        return msgspec.convert(merged, GatewayConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"The configuration is wrong: {error}.") from error
+
+
+def dump_config(config: GatewayConfig) -> str:
+    """The configuration as TOML; keys are shown as ``***``."""
+    lines, tables = [], []
+    for name, value in msgspec.to_builtins(config).items():
+        if value is None:
+            continue
+        if name == "instances":
+            for instance in value:
+                tables.append("\n[[instances]]")
+                tables += [f"{key} = {_toml(v)}" for key, v in instance.items() if v]
+        elif name in ("api_keys", "admin_key"):
+            lines.append(f"{name} = {_toml(['***' for _ in value] if isinstance(value, list) else '***')}")
+        elif name != "config_file":
+            lines.append(f"{name} = {_toml(value)}")
+    return "\n".join(lines + tables) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """TOML of a plain value: JSON's spelling of strings, numbers, booleans and lists is TOML's too."""
+    return msgspec.json.encode(value).decode()
+
+
+def _from_file(file: str) -> dict[str, Any]:
+    try:
+        given = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The configuration file {file} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not TOML: {error}.") from error
+    _check_keys(file, given, GatewayConfig)
+    for instance in given.get("instances", []):
+        if isinstance(instance, dict):
+            _check_keys(f"{file}, [[instances]]", instance, InstanceConfig)
+    given.pop("config_file", None)
+    return given
+
+
+def _check_keys(where: str, given: Mapping[str, Any], record: type[msgspec.Struct]) -> None:
+    known = [name for name in record.__struct_fields__ if name != "config_file"]
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{where}: there is no setting {key!r}. Known: {', '.join(sorted(known))}.")
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """``BLOCK_`` + the field's name; lists are separated by spaces. Other ``BLOCK_*`` variables belong to others."""
+    given: dict[str, Any] = {}
+    hints = get_type_hints(GatewayConfig)
+    for name in GatewayConfig.__struct_fields__:
+        text = environment.get(ENVIRONMENT_PREFIX + name.upper())
+        if text is None or name == "config_file":
+            continue
+        if name == "instances":
+            given[name] = [parse_instance(part) for part in text.split()]
+        elif hints[name] == list[str]:
+            given[name] = text.split()
+        else:
+            try:
+                given[name] = msgspec.convert(text, hints[name], strict=False)
+            except msgspec.ValidationError as error:
+                raise ConfigError(f"{ENVIRONMENT_PREFIX}{name.upper()} is wrong: {error}.") from error
+    return given

@@ -1,0 +1,198 @@
+"""What the gateway reads of OpenAI's API: a few fields of a request, the usage in an answer, the shape of an error.
+
+Bodies are never rewritten. Prompts are looked at for their length (and by length estimators that read text), never logged.
+"""
+
+import re
+from typing import Any, Final
+
+import msgspec
+
+from block.core import Request, Slo
+from block.errors import ClientError
+from block.gateway.http1 import HttpRequest
+
+IMAGE_TOKENS: Final = 1000
+GENERATING: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+"""Paths whose answers are generated token by token: those get estimates and predictions."""
+
+_NOTHING: Final = msgspec.Raw(b"")
+_COMPLETION_TOKENS: Final = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d{1,9})')
+_PROMPT_TOKENS: Final = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,9})')
+_IMAGE: Final = re.compile(rb'"data:[a-z]+/[^"]*"')
+_SLO_FIELDS: Final = (
+    ("ttft_s", (b"x-slo-ttft-ms", b"x-llm-d-slo-ttft-ms")),
+    ("tpot_s", (b"x-slo-tpot-ms", b"x-llm-d-slo-tpot-ms")),
+    ("e2e_s", (b"x-slo-e2e-ms", b"x-llm-d-slo-e2e-ms")),
+)
+
+
+class Body(msgspec.Struct):
+    """The fields that routing needs; everything else is skipped, not built."""
+
+    model: str | None = None
+    stream: bool | None = False
+    prompt: msgspec.Raw = _NOTHING
+    messages: msgspec.Raw = _NOTHING
+    input: msgspec.Raw = _NOTHING
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+    ignore_eos: bool | None = False
+    priority: int | None = 0
+
+    @property
+    def output_limit(self) -> int | None:
+        for limit in (self.max_completion_tokens, self.max_tokens, self.max_output_tokens):
+            if limit is not None:
+                return limit
+        return None
+
+    @property
+    def text(self) -> msgspec.Raw:
+        """The prompt as raw JSON, whichever field holds it."""
+        for raw in (self.messages, self.prompt, self.input):
+            if raw is not _NOTHING:
+                return raw
+        return _NOTHING
+
+
+_decoder: Final = msgspec.json.Decoder(Body)
+
+
+def read_body(body: bytes) -> Body:
+    """The fields of a request body.
+
+    Raises:
+        ClientError: 400, not JSON, not an object, or a field of the wrong type.
+    """
+    try:
+        return _decoder.decode(body)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at ")
+        param = where.strip("`").removeprefix("$.") or None
+        raise ClientError(400, f"The request is not valid: {what[:1].lower()}{what[1:]}{f' in {param!r}' if param else ''}.", param=param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ClientError(400, f"The request body is not valid JSON: {error}.", code="invalid_json") from None
+
+
+class PromptRatio:
+    """Bytes of prompt per token, per model, learned from the usage in answers; bounded to ``MODELS_MAX`` models."""
+
+    START: Final = 4.0
+    MODELS_MAX: Final = 256
+
+    def __init__(self) -> None:
+        self._ratio: dict[str, float] = {}
+
+    def of(self, model: str) -> float:
+        return self._ratio.get(model, self.START)
+
+    def observe(self, model: str, prompt_bytes: int, prompt_tokens: int) -> None:
+        """Learn from one answer; short prompts are mostly chat template and say little."""
+        if prompt_tokens < 16 or prompt_bytes < 32:
+            return
+        ratio = min(max(prompt_bytes / prompt_tokens, 0.5), 16.0)
+        if model in self._ratio:
+            self._ratio[model] += 0.05 * (ratio - self._ratio[model])
+        elif len(self._ratio) < self.MODELS_MAX:
+            self._ratio[model] = ratio
+
+
+def prompt_size(raw: msgspec.Raw) -> tuple[int, int]:
+    """(bytes of text to estimate tokens from, tokens known exactly) of a prompt, messages or input field."""
+    text = bytes(raw)
+    if not text or text[:1] == b'"':
+        return max(len(text) - 2, 0), 0
+    inner = text[1:64].lstrip()
+    if text[:1] == b"[" and inner[:1].isdigit():
+        return 0, text.count(b",") + 1
+    if text[:1] == b"[" and inner[:1] == b"[":
+        return 0, text.count(b",") + 1
+    images = 0
+    if b'"data:' in text:
+        text, images = _IMAGE.subn(b'""', text)
+    return len(text), images * IMAGE_TOKENS
+
+
+def prompt_text(raw: msgspec.Raw) -> str | None:
+    """The prompt's text for estimators that read it; ``None`` where it is token ids or not understood."""
+    try:
+        value: Any = msgspec.json.decode(raw) if raw is not _NOTHING else None
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        return None
+    parts: list[str] = []
+    for item in value:
+        content = item.get("content") if isinstance(item, dict) else item
+        if isinstance(content, str):
+            parts.append(content)
+        elif isinstance(content, list):
+            parts += [p["text"] for p in content if isinstance(p, dict) and isinstance(p.get("text"), str)]
+    return "\n".join(parts) if parts else None
+
+
+def as_request(
+    http: HttpRequest, body: Body, *, request_id: str, arrived_s: float, ratio: PromptRatio, reads_text: bool
+) -> tuple[Request, int]:
+    """The core's view of a request, and the bytes of its prompt text.
+
+    Raises:
+        ClientError: 400, an SLO or priority header that is no number.
+    """
+    raw = body.text
+    text_bytes, known = prompt_size(raw)
+    model = body.model or ""
+    fields = http.fields
+    slo = None
+    if b"x-slo-ttft-ms" in fields or b"x-slo-tpot-ms" in fields or b"x-slo-e2e-ms" in fields or any(k.startswith(b"x-llm-d-slo") for k in fields):
+        slo = _slo(http)
+    request = Request(
+        id=request_id,
+        arrived_s=arrived_s,
+        prompt_tokens=max(1, known + round(text_bytes / ratio.of(model))),
+        max_tokens=None if (limit := body.output_limit) is None else max(1, limit),
+        exact_output=bool(body.ignore_eos) and limit is not None,
+        model=model,
+        priority=body.priority or 0,
+        slo=slo,
+        session=http.header(b"x-session-id") or http.header(b"x-session-token"),
+        prompt=prompt_text(raw) if reads_text else None,
+    )
+    return request, text_bytes
+
+
+def _slo(http: HttpRequest) -> Slo:
+    targets: dict[str, float] = {}
+    for field, names in _SLO_FIELDS:
+        for name in names:
+            text = http.header(name)
+            if text is None:
+                continue
+            try:
+                milliseconds = float(text)
+            except ValueError:
+                milliseconds = -1.0
+            if not 0 < milliseconds < 1e9:
+                header = name.decode()
+                raise ClientError(400, f"The header {header} must be a positive number of milliseconds, not {text!r}.", param=header)
+            targets[field] = milliseconds / 1e3
+            break
+    return Slo(**targets)
+
+
+def usage_of(tail: bytes) -> tuple[int | None, int | None]:
+    """(prompt tokens, output tokens) from the last usage object in an answer's last bytes, where there is one."""
+    at = tail.rfind(b'"usage"')
+    if at < 0:
+        return None, None
+    prompt, completion = _PROMPT_TOKENS.search(tail, at), _COMPLETION_TOKENS.search(tail, at)
+    return (int(prompt[1]) if prompt else None, int(completion[1]) if completion else None)
+
+
+def error_object(message: str, kind: str, code: str | None, param: str | None) -> bytes:
+    """OpenAI's error object as JSON."""
+    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})

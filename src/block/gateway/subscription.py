@@ -1,0 +1,182 @@
+"""Listening to one predictor: its snapshot stream and its step-time curve, for as long as the gateway runs.
+
+The stream is ``GET /snapshots``: an endless chunked body of frames, each a little-endian u32 length and a snapshot. Only
+the newest frame of what a read brought is passed on. The curve is ``GET /profile``, asked at connect and every few
+seconds since calibration moves it.
+"""
+
+import asyncio
+import logging
+import time
+from random import Random
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import aiohttp
+import httptools
+import msgspec
+
+from block.gateway.evidence import Evidence
+from block.gateway.upstream import set_nodelay
+from block.steptime.profile import StepTimeProfile
+
+FRAME_BYTES_MAX: Final = 4 << 20
+PROFILE_EVERY_S: Final = 5.0
+RETRY_FIRST_S: Final = 0.1
+RETRY_LAST_S: Final = 2.0
+
+log = logging.getLogger("block.gateway")
+
+
+
+
+class SnapshotStream(asyncio.Protocol):
+    """The client side of ``GET /snapshots``. ``closed`` is done, with a reason, when the stream is over."""
+
+    def __init__(self, evidence: Evidence, host: str, path: str, silent_after_s: float) -> None:
+        self._evidence, self._host, self._path, self._silent_after_s = evidence, host, path, silent_after_s
+        self._loop = asyncio.get_running_loop()
+        self._parser = httptools.HttpResponseParser(self)
+        self._buffer = bytearray()
+        self._watch: asyncio.TimerHandle | None = None
+        self._heard_s = self._loop.time()
+        self.closed: asyncio.Future[str] = self._loop.create_future()
+        self.transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        set_nodelay(transport)
+        transport.write(f"GET {self._path} HTTP/1.1\r\nhost: {self._host}\r\naccept: application/octet-stream\r\n\r\n".encode())
+        self._look()
+
+    def _look(self) -> None:
+        if self._loop.time() - self._heard_s > self._silent_after_s:
+            self._end("said nothing")
+            return
+        self._watch = self._loop.call_later(self._silent_after_s, self._look)
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_s = self._loop.time()
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._end(f"answered /snapshots with something that is not HTTP ({error})")
+            return
+        self._take_newest()
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status != 200:
+            self._end(f"answered /snapshots with status {status}")
+
+    def on_body(self, body: bytes) -> None:
+        self._buffer += body
+
+    def on_message_complete(self) -> None:
+        self._end("ended its snapshot stream")
+
+    def _take_newest(self) -> None:
+        buffer, at, newest = self._buffer, 0, None
+        while len(buffer) - at >= 4:
+            size = int.from_bytes(buffer[at : at + 4], "little")
+            if size > FRAME_BYTES_MAX:
+                self._end(f"announced a snapshot of {size} bytes")
+                return
+            if len(buffer) - at - 4 < size:
+                break
+            newest, at = (at + 4, at + 4 + size), at + 4 + size
+        if newest is not None:
+            self._evidence.take_frame(bytes(buffer[newest[0] : newest[1]]), time.time())
+        if at:
+            del buffer[:at]
+
+    def _end(self, reason: str) -> None:
+        if not self.closed.done():
+            self.closed.set_result(reason)
+        self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        if not self.closed.done():
+            self.closed.set_result(str(exc) if exc else "closed the connection")
+
+
+class Subscription:
+    """Keeps one predictor's stream open and its curve current; says nothing when all is well, once when it is not."""
+
+    def __init__(self, url: str, evidence: Evidence, session: aiohttp.ClientSession, rng: Random) -> None:
+        self._url, self._evidence, self._session, self._rng = url.rstrip("/"), evidence, session, rng
+        self._profile_bytes = b""
+        self._said: str | None = None
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        profiles = asyncio.create_task(self._follow_profile())
+        delay_s = RETRY_FIRST_S
+        try:
+            while True:
+                frames = self._evidence.frames
+                reason = await self._listen()
+                self._evidence.lost(f"its predictor {reason}")
+                if reason != self._said:
+                    log.warning("predictor of %s at %s: %s", self._evidence.instance, self._url, reason)
+                    self._said = reason
+                delay_s = RETRY_FIRST_S if self._evidence.frames > frames else min(2 * delay_s, RETRY_LAST_S)
+                await asyncio.sleep(delay_s * (0.5 + self._rng.random()))
+        finally:
+            profiles.cancel()
+            await asyncio.gather(profiles, return_exceptions=True)
+
+    async def _listen(self) -> str:
+        parts = urlsplit(self._url)
+        loop = asyncio.get_running_loop()
+        silent_after_s = max(2 * self._evidence.stale_after_s, 1.0)
+        try:
+            async with asyncio.timeout(2.0):
+                _, stream = await loop.create_connection(
+                    lambda: SnapshotStream(self._evidence, parts.netloc, f"{parts.path}/snapshots", silent_after_s),
+                    parts.hostname, parts.port or 80,
+                )  # fmt: skip
+        except (OSError, TimeoutError) as error:
+            return f"cannot be reached ({getattr(error, 'strerror', None) or 'timed out'})"
+        try:
+            return await stream.closed
+        finally:
+            stream.transport.abort()
+
+    async def _follow_profile(self) -> None:
+        while True:
+            delay_s = PROFILE_EVERY_S if await self._fetch_profile() else 0.5
+            await asyncio.sleep(delay_s)
+
+    async def _fetch_profile(self) -> bool:
+        try:
+            async with self._session.get(f"{self._url}/profile", timeout=aiohttp.ClientTimeout(total=2.0)) as answer:
+                body = await answer.content.read(1 << 20)
+                if answer.status != 200:
+                    return False
+            if body == self._profile_bytes:
+                return True
+            self._evidence.take_curve(_curve_of(body))
+            self._profile_bytes = body
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+        except (msgspec.MsgspecError, ValueError) as error:
+            self._evidence.lost(f"its predictor's profile makes no sense: {error}")
+            return False
+        return True
+
+
+def _curve_of(body: bytes) -> Any:
+    """The step-time curve of a ``/profile`` answer. Raises ValueError or MsgspecError where it is none."""
+    fields = msgspec.json.decode(body, type=dict[str, Any])
+    scale = fields.pop("scale", 1.0)
+    if isinstance(fields.get("profile"), dict):
+        fields = fields["profile"]
+    if not isinstance(scale, int | float) or not 0.01 < scale < 100:
+        raise ValueError(f"a scale of {scale!r}")
+    return msgspec.convert(fields, StepTimeProfile).curve(float(scale))
+
+

@@ -1,0 +1,169 @@
+"""What a prompt's text tells of the answer's length: a row of plain features and a bag of hashed words.
+
+All of it is a few regular expressions and counts over at most `SEEN_CHARS` of the text, so its cost has a bound.
+"""
+
+import math
+import re
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from block.length.text import clipped, split_chat
+
+SEEN_CHARS = 4096
+"""Characters of the last message that are looked at: head and tail of a longer one."""
+
+WORDS_MAX = 400
+HASH_BITS = 15
+HASH_SIZE = 1 << HASH_BITS
+
+UNITS = {
+    "words": ("word",),
+    "sentences": ("sentence",),
+    "paragraphs": ("paragraph", "stanza", "verse"),
+    "lines": ("line",),
+    "pages": ("page", "chapter", "section", "scene"),
+    "characters": ("character", "letter", "char"),
+    "items": (
+        "item", "idea", "example", "way", "step", "tip", "point", "bullet", "bullets", "reason", "question", "name",
+        "fact", "thing", "suggestion", "benefit", "option", "title", "topic", "method", "type", "advantage", "synonym",
+        "difference", "recipe", "book", "movie", "song", "place", "activity", "activities", "strategies", "strategy",
+        "technique", "use", "quote", "tweet", "joke", "headline", "slogan", "factor", "cause", "feature", "hashtag",
+        "famous", "different", "popular", "creative", "unique", "main", "key", "possible", "potential",
+    ),
+}  # fmt: skip
+_UNIT_OF = {form: unit for unit, words in UNITS.items() for word in words for form in (word, word + "s")}
+_NUMBERS = {
+    "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
+    "dozen": 12, "twelve": 12, "fifteen": 15, "twenty": 20, "fifty": 50, "hundred": 100, "thousand": 1000,
+    "single": 1, "couple": 2, "few": 3, "several": 5,
+}  # fmt: skip
+
+CUES: dict[str, frozenset[str]] = {
+    "brief": frozenset("brief briefly short concise concisely succinct shortly quick quickly tldr tl summary simple only just".split()),
+    "long": frozenset("detailed detail detailing comprehensive thorough thoroughly extensive elaborate depth long full complete explain".split()),
+    "prose": frozenset("essay story article blog post poem song lyrics script speech letter email report proposal novel chapter dialogue review".split()),
+    "code": frozenset("code function program script python java javascript c++ sql html css class algorithm api implement regex query bash react".split()),
+    "list": frozenset("list steps ways ideas examples tips table enumerate bullet itinerary outline plan guide".split()),
+    "fact": frozenset("who when where which whose year capital name date".split()),
+    "how": frozenset("how why explain describe discuss compare contrast analyze analyse evaluate".split()),
+    "rework": frozenset("rewrite edit correct fix paraphrase rephrase translate summarize summarise proofread convert reword change improve grammar replace".split()),
+    "choose": frozenset("classify identify categorize label choose select detect true false yes no sentiment option correct".split()),
+    "compute": frozenset("calculate compute solve equation sum probability find convert average integral derivative".split()),
+    "create": frozenset("write create generate compose design make develop draft build imagine roleplay pretend act".split()),
+}  # fmt: skip
+
+_WORD = re.compile(r"[^\W_]+(?:['’+#][^\W_]*)*")  # noqa: RUF001 (both apostrophes are meant)
+_BULLET = re.compile(r"(?m)^\s*(?:[-*•]|\d+[.)])\s")
+_OPTION = re.compile(r"(?m)(?:^|\s)\(?[A-Da-d][).:]\s")
+_INDENTED = re.compile(r"(?m)^(?: {4}|\t)\S")
+
+DENSE_NAMES: tuple[str, ...] = (
+    "chars", "words", "lines", "mean_word", "unseen_chars", "questions", "ends_question", "fences", "symbols", "digits",
+    "capitals", "foreign", "wide", "bullets", "options", "indented", "braces", "quotes", "colon_end", "pictures",
+    "turns", "system_chars", "answer_chars", "last_answer_chars", "first_prompt_chars", "max_tokens",
+    *(f"n_{unit}" for unit in UNITS), "number_max", "numbers", *(f"cue_{name}" for name in CUES),
+    *(f"start_{name}" for name in CUES),
+)  # fmt: skip
+
+
+class Features(NamedTuple):
+    """``dense``: float32 (dense features,), ``DENSE_NAMES`` in order; ``words``: hashed words, int32 (m,), distinct."""
+
+    dense: NDArray[np.float32]
+    words: NDArray[np.int32]
+
+
+def features_of(text: str, max_tokens: int | None = None) -> Features:
+    """Features of a request's text (`text.request_text`). Never raises, whatever the text."""
+    spoken = split_chat(text)
+    last = next((content for role, content in reversed(spoken) if role not in ("assistant", "system")), spoken[-1][1])
+    seen = clipped(last, SEEN_CHARS)
+    words = _WORD.findall(seen.lower())
+    values = _shape(last, seen, words) + _conversation(spoken) + [_log(max_tokens)]
+    values += _counts(words) + _cues(words)
+    return Features(np.array(values, dtype=np.float32), _hashed(words))
+
+
+def _log(count: float | None) -> float:
+    return math.nan if count is None else math.log1p(count)
+
+
+def _shape(last: str, seen: str, words: list[str]) -> list[float]:
+    size = max(len(seen), 1)
+    ascii_chars = len(seen.encode("ascii", "ignore"))
+    foreign = len(seen) - ascii_chars
+    wide = sum(1 for char in seen if char >= "⺀") if foreign else 0
+    plain = seen.rstrip()
+    return [
+        _log(len(seen)),
+        _log(len(words)),
+        _log(seen.count("\n")),
+        sum(map(len, words)) / max(len(words), 1),
+        _log(len(last) - len(seen)),
+        float(seen.count("?")),
+        float(plain.endswith("?")),
+        float(seen.count("```")),
+        sum(map(seen.count, "{}[]()<>=;/\\|&%$@^~`")) / size,
+        sum(map(seen.count, "0123456789")) / size,
+        sum(1 for word in _WORD.findall(seen[:512]) if word[0].isupper()) / max(len(words), 1),
+        foreign / size,
+        wide / size,
+        float(len(_BULLET.findall(seen))),
+        float(len(_OPTION.findall(seen))),
+        float(len(_INDENTED.findall(seen))),
+        float(seen.count("{") + seen.count(";")),
+        float(seen.count('"') + seen.count("“")),
+        float(plain.endswith((":", ",", "..."))),
+        float(seen.count("<image>") + seen.count("<audio>")),
+    ]
+
+
+def _conversation(spoken: list[tuple[str, str]]) -> list[float]:
+    answers = [len(content) for role, content in spoken if role == "assistant"]
+    asked = [len(content) for role, content in spoken if role == "user"]
+    system = sum(len(content) for role, content in spoken if role in ("system", "developer"))
+    return [
+        float(len(asked)),
+        _log(system),
+        _log(sum(answers) / len(answers)) if answers else math.nan,
+        _log(answers[-1]) if answers else math.nan,
+        _log(asked[0]) if asked else math.nan,
+    ]
+
+
+def _counts(words: list[str]) -> list[float]:
+    """Explicit amounts: "in 200 words", "two short paragraphs", "top 10 ideas" -> the number by unit."""
+    amounts = dict.fromkeys(UNITS, math.nan)
+    numbers = [(place, number) for place, word in enumerate(words) if (number := _number(word)) is not None]
+    for place, number in numbers[:16]:
+        for word in words[place + 1 : place + 4]:
+            unit = _UNIT_OF.get(word)
+            if unit is not None:
+                amounts[unit] = math.log1p(number)
+                break
+    largest = max((number for _, number in numbers), default=None)
+    return [*amounts.values(), _log(min(largest, 1e6)) if largest is not None else math.nan, float(len(numbers))]
+
+
+def _number(word: str) -> float | None:
+    if word.isascii() and word.isdigit() and len(word) <= 5:
+        return float(word)
+    return _NUMBERS.get(word)
+
+
+def _cues(words: list[str]) -> list[float]:
+    present, start = set(words), set(words[:3])
+    return [float(len(cue & present)) for cue in CUES.values()] + [float(len(cue & start)) for cue in CUES.values()]
+
+
+def _hashed(words: list[str]) -> NDArray[np.int32]:
+    """Words, pairs of neighbours and the first and last words, hashed; the head and the tail of a long text."""
+    kept = words if len(words) <= WORDS_MAX else words[: WORDS_MAX - 100] + words[-100:]
+    terms = kept + [f"{a} {b}" for a, b in zip(kept, kept[1:], strict=False)]
+    terms += [f"^{' '.join(kept[:n])}" for n in (1, 2, 3)] + [f"{' '.join(kept[-n:])}$" for n in (1, 2)]
+    hashes = {zlib.crc32(term.encode("utf-8", "surrogatepass")) & (HASH_SIZE - 1) for term in terms}
+    return np.fromiter(hashes, dtype=np.int32, count=len(hashes))

@@ -1,0 +1,50 @@
+"""Summaries as a table for people and as JSON for programs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from rich.table import Table
+
+from block.metrics.summary import Summary
+
+_SECONDS = (
+    ("TTFT mean", "ttft_s_mean"), ("P50", "ttft_s_p50"), ("P99", "ttft_s_p99"),
+    ("E2E mean", "e2e_s_mean"), ("P99", "e2e_s_p99"),
+)  # fmt: skip
+
+
+def summary_table(summaries: Mapping[str, Summary], title: str | None = None, *, first_column: str = "policy") -> Table:
+    """One line a summary. The best figure of each latency column is bold."""
+    table = Table(title=title, caption="latencies in seconds from the intended send; TPOT in milliseconds")
+    table.add_column(first_column)
+    for head in (*(head for head, _ in _SECONDS), "TPOT ms", "preempted", "failed", "requests/s", "SLO met"):
+        table.add_column(head, justify="right")
+    best = {
+        name: min((v for s in summaries.values() if (v := getattr(s, name)) is not None), default=None)
+        for _, name in _SECONDS
+    }
+    for label, summary in summaries.items():
+        table.add_row(
+            label,
+            *(_seconds(getattr(summary, name), best[name] if len(summaries) > 1 else None) for _, name in _SECONDS),
+            "-" if summary.tpot_s_mean is None else f"{summary.tpot_s_mean * 1000:.1f}",
+            "-" if summary.preemptions is None else str(summary.preemptions),
+            str(summary.failed + summary.rejected),
+            f"{summary.requests_rps:.1f}",
+            "-" if summary.slo_attainment_fraction is None else f"{summary.slo_attainment_fraction:.1%}",
+        )
+    return table
+
+
+def summary_json(summary: Summary) -> dict[str, Any]:
+    """A summary as plain JSON values."""
+    fields: dict[str, Any] = msgspec.to_builtins(summary)
+    return fields
+
+
+def _seconds(value: float | None, best: float | None) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:.3f}" if value < 10 else f"{value:.1f}"
+    return f"[bold]{text}[/bold]" if value == best else text

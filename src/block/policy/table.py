@@ -1,0 +1,121 @@
+"""Every policy by name, with what it is and how to make one."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from block.errors import ConfigError, UnknownNameError
+from block.policy import rank as ranks
+from block.policy.rank import Rank
+from block.policy.shortlist import Everyone, RandomSubset, Rotation, Shortlist
+
+
+class Policy(NamedTuple):
+    """A shortlist and a rank under a name. Make one per gateway: a shortlist may own state (whose turn it is)."""
+
+    name: str
+    shortlist: Shortlist
+    rank: Rank
+
+
+class PolicySpec(NamedTuple):
+    """One row of the table; ``make`` takes the policy's options, all with defaults."""
+
+    description: str
+    make: Callable[..., tuple[Shortlist, Rank]]
+
+
+def _block_k(k: int = 2) -> tuple[Shortlist, Rank]:
+    return RandomSubset(k), ranks.PredictedE2e()
+
+
+def _block_preemptions(preemption_s: float = 0.5) -> tuple[Shortlist, Rank]:
+    return Everyone(), ranks.PredictedE2eAndPreemptions(preemption_s)
+
+
+def _block_harm(weight: float = 1.0) -> tuple[Shortlist, Rank]:
+    return Everyone(), ranks.PredictedHarm(weight)
+
+
+def _power_of_k(k: int = 2) -> tuple[Shortlist, Rank]:
+    return RandomSubset(k), ranks.LeastOutstanding()
+
+
+def _everyone(rank: Callable[[], Rank]) -> Callable[[], tuple[Shortlist, Rank]]:
+    def make() -> tuple[Shortlist, Rank]:
+        return Everyone(), rank()
+
+    return make
+
+
+POLICIES: dict[str, PolicySpec] = {
+    "random": PolicySpec("any instance", _everyone(ranks.Indifferent)),
+    "round-robin": PolicySpec("each in turn", lambda: (Rotation(), ranks.Indifferent())),
+    "least-outstanding": PolicySpec("fewest requests in flight", _everyone(ranks.LeastOutstanding)),
+    "power-of-two": PolicySpec("fewest requests in flight of k (2) at random", _power_of_k),
+    "min-qpm": PolicySpec("fewest requests sent in the last minute (LiteLLM)", _everyone(ranks.LeastDispatched)),
+    "infaas++": PolicySpec("most free KV blocks per running request", _everyone(ranks.MostFreeBlocks)),
+    "llumnix-minus": PolicySpec(
+        "most free KV blocks after the queue's prompts, per running request", _everyone(ranks.MostFreeBlocksAfterQueue)
+    ),
+    "nosim": PolicySpec("fewest tokens still to compute", _everyone(ranks.LeastUnprocessedTokens)),
+    "lmetric": PolicySpec("prompt tokens to compute times batch size (LMetric)", _everyone(ranks.PrefillTimesBatch)),
+    "block": PolicySpec("lowest predicted E2E of all instances", _everyone(ranks.PredictedE2e)),
+    "block-k": PolicySpec("lowest predicted E2E of k (2) instances at random", _block_k),
+    "block-oracle": PolicySpec("as block, meant for true output lengths", _everyone(ranks.PredictedE2e)),
+    "block-paper": PolicySpec(
+        "the published rule: lowest predicted E2E of all instances", _everyone(ranks.PredictedE2e)
+    ),
+    "block-ttft": PolicySpec("lowest predicted TTFT of all instances", _everyone(ranks.PredictedTtft)),
+    "block-preemptions": PolicySpec("predicted E2E, plus preemption_s (0.5) for each one foreseen", _block_preemptions),
+    "block-harm": PolicySpec("predicted E2E plus weight (1) times the latency added to the others", _block_harm),
+}
+
+
+def policy_names() -> list[str]:
+    """Names of all policies, in the table's order."""
+    return list(POLICIES)
+
+
+def make_policy(name: str, **options: Any) -> Policy:
+    """A fresh policy object. ``options`` are those of the policy's factory (``k`` of ``block-k``, for example).
+
+    Raises:
+        UnknownNameError: no such policy; lists those there are.
+        ConfigError: an option that the policy does not have, or a value that it cannot take.
+    """
+    spec = POLICIES.get(name)
+    if spec is None:
+        raise UnknownNameError("policy", name, POLICIES)
+    known = inspect.signature(spec.make).parameters
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise ConfigError(f"The policy {name} has no option {', '.join(unknown)}: {has}.")
+    for option, given in options.items():
+        default = known[option].default
+        if isinstance(given, bool) or not isinstance(given, (int, type(default))):
+            raise ConfigError(
+                f"The option {option} of the policy {name} must be a number like {default}, not {given!r}."
+            )
+    shortlist, rank = spec.make(**options)
+    return Policy(name, shortlist, rank)
+
+
+def policy_from(text: str) -> Policy:
+    """A policy written as one word: ``block-k`` or, with options, ``block-k:k=4``; that word is its name.
+
+    Raises:
+        UnknownNameError, ConfigError: as ``make_policy``.
+    """
+    name, _, tail = text.partition(":")
+    options: dict[str, int | float] = {}
+    for part in filter(None, tail.split(",")):
+        key, equals, number = part.partition("=")
+        try:
+            options[key] = float(number) if "." in number or "e" in number else int(number)
+        except ValueError:
+            raise ConfigError(f"Write policy options as {name}:option=number, not {text!r}.") from None
+        if not equals:
+            raise ConfigError(f"Write policy options as {name}:option=number, not {text!r}.")
+    return make_policy(name, **options)._replace(name=text)

@@ -1,0 +1,47 @@
+"""Regression helpers of the fits: monotone piecewise-linear columns, balanced weights, robust non-negative least squares."""
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls
+
+Floats = npt.NDArray[np.float64]
+
+
+def rises(x: Floats, knots: Floats) -> Floats:
+    """Columns whose non-negative combinations are the non-decreasing piecewise-linear functions with these knots.
+
+    Shape (len(x), len(knots)): a constant, then per segment how far ``x`` has come in it; the last segment does not end.
+    """
+    lengths = np.diff(knots)
+    lengths[-1] = np.inf
+    return np.column_stack([np.ones(len(x)), *(np.clip(x - low, 0, length) for low, length in zip(knots, lengths, strict=False))])
+
+
+def bends(knots: Floats, columns: int, strength: float) -> Floats:
+    """Penalty rows that pull the slopes of neighbouring segments (columns 1 ... of ``rises``) together."""
+    rows = np.zeros((max(len(knots) - 2, 0), columns))
+    for i in range(len(rows)):
+        rows[i, i + 1], rows[i, i + 2] = strength, -strength
+    return rows
+
+
+def balanced(cells: npt.NDArray[np.int64], most: int) -> Floats:
+    """Weights under which each cell counts as much as up to ``most`` of its rows, however many it has."""
+    _, which, counts = np.unique(cells, return_inverse=True, return_counts=True)
+    n = counts[which]
+    return np.sqrt(np.minimum(n, most) / n)
+
+
+def solve(columns: Floats, target: Floats, weights: Floats, penalty: Floats, knee: float | None = None) -> Floats:
+    """Non-negative coefficients that minimise the weighted *relative* error.
+
+    ``knee``: relative errors beyond it count linearly, not squared (iteratively reweighted); ``None``: all squared.
+    """
+    zeros = np.zeros(len(penalty))
+    scale = weights / target
+    found: Floats = nnls(np.vstack([columns * scale[:, None], penalty]), np.concatenate([target * scale, zeros]))[0]
+    for _ in range(8 if knee else 0):
+        error = (columns @ found) / target - 1
+        softer = scale / np.sqrt(np.sqrt(1 + (error / knee) ** 2))
+        found = nnls(np.vstack([columns * softer[:, None], penalty]), np.concatenate([target * softer, zeros]))[0]
+    return found

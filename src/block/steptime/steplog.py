@@ -1,0 +1,161 @@
+"""Measured steps of one engine run, as arrays: the input of a fit.
+
+A run directory holds ``engine.json`` (GPU, model, limits) and, per stage, ``STAGE.steps.csv.gz`` (one row an engine step) and
+``STAGE.requests.csv.gz`` (one row a request). The columns are described in docs/engine-model.md.
+"""
+
+import csv
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from block.engine.limits import EngineLimits, limits_from
+from block.errors import BadInputError
+
+Floats = npt.NDArray[np.float64]
+STEPS_SUFFIX = ".steps.csv.gz"
+REQUESTS_SUFFIX = ".requests.csv.gz"
+
+
+class StepLog(msgspec.Struct, frozen=True, eq=False):
+    """The steps of one stage; every array has shape (steps,).
+
+    ``scheduled_s``: the step's schedule() began; ``finished_s``: its results were in. ``context``: summed KV tokens of the
+    decoding requests; ``prefill_work``: sum over chunks of tokens x (computed before + tokens / 2).
+    """
+
+    name: str
+    scheduled_s: Floats
+    finished_s: Floats
+    decode_requests: Floats
+    context: Floats
+    prefill_tokens: Floats
+    prefill_work: Floats
+    chunks: Floats
+
+    def __len__(self) -> int:
+        return len(self.scheduled_s)
+
+    @property
+    def pure_decode(self) -> npt.NDArray[np.bool_]:
+        return self.chunks == 0
+
+    @property
+    def tokens(self) -> Floats:
+        return self.decode_requests + self.prefill_tokens
+
+
+class Run(msgspec.Struct, frozen=True):
+    """A run directory: what ran, where, under which limits, and its stages."""
+
+    path: Path
+    gpu: str
+    model: str
+    tensor_parallel: int
+    limits: EngineLimits
+    stages: list[str]
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory's ``engine.json``.
+
+    Raises:
+        BadInputError: no such directory, or it holds no readable ``engine.json`` or no stage.
+    """
+    if not path.is_dir():
+        raise BadInputError(f"{path} is not a run directory.")
+    file = path / "engine.json"
+    try:
+        fields = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise BadInputError(f"{path} holds no engine.json, so it is not a run directory.") from error
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(fields, Mapping):
+        raise BadInputError(f"{file} is not a JSON object.")
+    stages = sorted(p.name.removesuffix(REQUESTS_SUFFIX) for p in path.glob(f"*{REQUESTS_SUFFIX}"))
+    if not stages:
+        raise BadInputError(f"{path} holds no stage (STAGE{REQUESTS_SUFFIX}).")
+    return Run(
+        path=path,
+        gpu=str(fields.get("gpu", "unknown")),
+        model=str(fields.get("model", "unknown")),
+        tensor_parallel=int(fields.get("tensor_parallel", 1)),
+        limits=limits_from(fields),
+        stages=stages,
+    )
+
+
+def read_rows(file: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of a gzip CSV file that must have the columns ``needed``.
+
+    Raises:
+        BadInputError: no such file, not gzip CSV, empty, or a column is missing.
+    """
+    try:
+        with gzip.open(file, "rt", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+    except FileNotFoundError as error:
+        raise BadInputError(f"There is no file {file}.") from error
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInputError(f"{file} is not a gzip CSV file: {error}.") from error
+    missing = [c for c in needed if not rows or c not in rows[0]]
+    if missing:
+        raise BadInputError(f"{file} has no rows with the columns {', '.join(missing)}.")
+    return rows
+
+
+def read_steps(file: Path) -> StepLog:
+    """Read one ``STAGE.steps.csv.gz``.
+
+    Raises:
+        BadInputError: the file is not a step log.
+    """
+    rows = read_rows(file, ("schedule_start_s", "update_start_s", "decode_requests", "decode_context_tokens", "prefill_chunks"))
+    try:
+        chunks = [_chunks(row["prefill_chunks"]) for row in rows]
+        numbers = {
+            column: np.array([float(row[column]) for row in rows])
+            for column in ("schedule_start_s", "update_start_s", "decode_requests", "decode_context_tokens")
+        }
+    except (ValueError, TypeError) as error:
+        raise BadInputError(f"{file} is not a step log: {error}.") from error
+    return StepLog(
+        name=file.name.removesuffix(STEPS_SUFFIX),
+        scheduled_s=numbers["schedule_start_s"],
+        finished_s=numbers["update_start_s"],
+        decode_requests=numbers["decode_requests"],
+        context=numbers["decode_context_tokens"],
+        prefill_tokens=np.array([float(sum(n for n, _ in c)) for c in chunks]),
+        prefill_work=np.array([sum(n * (before + 0.5 * n) for n, before in c) for c in chunks], dtype=float),
+        chunks=np.array([float(len(c)) for c in chunks]),
+    )
+
+
+def _chunks(text: str) -> list[tuple[int, int]]:
+    pairs = (chunk.split("@") for chunk in text.split())
+    return [(int(tokens), int(before)) for tokens, before in pairs]
+
+
+def rows_as_floats(rows: list[dict[str, Any]], column: str) -> Floats:
+    """One column as floats; an empty field is 0."""
+    return np.array([float(row[column] or 0) for row in rows])
+
+
+def cut(log: StepLog, until_s: float) -> StepLog:
+    """The steps scheduled before ``until_s`` (a stage's log may run on into the next stage)."""
+    keep = log.scheduled_s < until_s
+    arrays = {f: getattr(log, f)[keep] for f in StepLog.__struct_fields__ if f != "name"}
+    return StepLog(name=log.name, **arrays)
+
+
+def cuda_graph_sizes(most: int) -> npt.NDArray[np.int64]:
+    """Batch sizes for which vLLM captures CUDA graphs; a smaller batch is padded to the next one."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)]
+    return np.array([s for s in sizes if s < most] + [next((s for s in sizes if s >= most), most)])

@@ -1,0 +1,23 @@
+"""What a workload offers: the request that the system sees, and the truth that it must not see."""
+
+import msgspec
+
+from block.core import Request
+
+
+class PromptBlocks(msgspec.Struct, frozen=True):
+    """Identity of a prompt's content in blocks of ``tokens``: equal as far as two prompts agree."""
+
+    tokens: int
+    keys: tuple[int, ...]
+
+
+class Offered(msgspec.Struct, frozen=True):
+    """A request and its truth. Policies and predictors get ``request`` only (law L7); drivers get the whole.
+
+    ``request.arrived_s`` is the intended send time in seconds from the workload's start.
+    """
+
+    request: Request
+    output_tokens: int
+    blocks: PromptBlocks | None = None

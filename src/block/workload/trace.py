@@ -1,0 +1,120 @@
+"""Readers of recorded workloads. The format is told from the file's first line; ``.gz`` is unpacked.
+
+lengths   CSV with num_prefill_tokens, num_decode_tokens (no times)
+azure     CSV with TIMESTAMP, ContextTokens, GeneratedTokens (Azure LLM inference traces)
+mooncake  JSON lines with timestamp (ms), input_length, output_length, hash_ids (one per 512 tokens of the prompt)
+"""
+
+import gzip
+from collections.abc import Callable
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from typing import IO, Final
+
+import msgspec
+
+from block.errors import BadInputError
+from block.workload.offered import PromptBlocks
+
+MOONCAKE_BLOCK_TOKENS: Final = 512
+
+
+class TraceRequest(msgspec.Struct, frozen=True):
+    """One recorded request; ``arrived_s`` in seconds on the trace's own clock, ``None`` where it has no times."""
+
+    arrived_s: float | None
+    prompt_tokens: int
+    output_tokens: int
+    blocks: PromptBlocks | None = None
+
+
+def read_trace(path: Path) -> list[TraceRequest]:
+    """All requests of a trace file, in the file's order.
+
+    Raises:
+        BadInputError: no such file, an unknown format, or a bad line (with its number).
+    """
+    requests: list[TraceRequest] = []
+    try:
+        with _open(path) as lines:
+            first = lines.readline()
+            parse, has_header = _format_of(first, path)
+            for number, line in enumerate(lines if has_header else chain([first], lines), 2 if has_header else 1):
+                if line.strip():
+                    requests.append(_parsed(parse, line, requests[-1] if requests else None, f"{path}, line {number}"))
+    except FileNotFoundError as error:
+        raise BadInputError(f"There is no trace file {path}.") from error
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise BadInputError(f"{path} cannot be read: {error}.") from error
+    if not requests:
+        raise BadInputError(f"{path} has no requests.")
+    return requests
+
+
+def _open(path: Path) -> IO[str]:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
+Parse = Callable[[str], TraceRequest]
+
+
+def _format_of(first: str, path: Path) -> tuple[Parse, bool]:
+    """The parser of one line, and whether the first line is a header."""
+    columns = [name.strip() for name in first.split(",")]
+    if first.lstrip().startswith("{"):
+        return _mooncake, False
+    if {"num_prefill_tokens", "num_decode_tokens"} <= set(columns):
+        return lambda line: _lengths(_fields(columns, line)), True
+    if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= set(columns):
+        return lambda line: _azure(_fields(columns, line)), True
+    raise BadInputError(
+        f"{path} is no known trace: its first line must name num_prefill_tokens and num_decode_tokens, or TIMESTAMP, "
+        f"ContextTokens and GeneratedTokens, or be a JSON object with timestamp, input_length and output_length."
+    )
+
+
+def _parsed(parse: Parse, line: str, before: TraceRequest | None, where: str) -> TraceRequest:
+    try:
+        request = parse(line)
+    except (ValueError, msgspec.DecodeError) as error:
+        raise BadInputError(f"{where}: {error}.") from error
+    if request.prompt_tokens < 1 or request.output_tokens < 0:
+        raise BadInputError(f"{where}: {request.prompt_tokens} prompt and {request.output_tokens} output tokens.")
+    if before is not None and before.arrived_s is not None and (request.arrived_s or 0.0) < before.arrived_s:
+        raise BadInputError(f"{where}: its time lies before that of the request above.")
+    return request
+
+
+def _fields(columns: list[str], line: str) -> dict[str, str]:
+    values = [value.strip() for value in line.split(",")]
+    if len(values) != len(columns):
+        raise ValueError(f"{len(values)} columns instead of {len(columns)}")
+    return dict(zip(columns, values, strict=True))
+
+
+def _lengths(fields: dict[str, str]) -> TraceRequest:
+    return TraceRequest(None, int(fields["num_prefill_tokens"]), int(fields["num_decode_tokens"]))
+
+
+def _azure(fields: dict[str, str]) -> TraceRequest:
+    # Seven digits of a second: one more than fromisoformat takes.
+    whole, _, fraction = fields["TIMESTAMP"].partition(".")
+    arrived_s = datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
+    return TraceRequest(arrived_s, int(fields["ContextTokens"]), int(fields["GeneratedTokens"]))
+
+
+class _MooncakeLine(msgspec.Struct):
+    timestamp: float
+    input_length: int
+    output_length: int
+    hash_ids: list[int] = []
+
+
+_mooncake_decoder = msgspec.json.Decoder(_MooncakeLine)
+
+
+def _mooncake(line: str) -> TraceRequest:
+    fields = _mooncake_decoder.decode(line)
+    blocks = PromptBlocks(MOONCAKE_BLOCK_TOKENS, tuple(fields.hash_ids)) if fields.hash_ids else None
+    return TraceRequest(fields.timestamp / 1000, fields.input_length, fields.output_length, blocks)
