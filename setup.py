@@ -5,7 +5,7 @@ import os
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-HOT = ["engine/scheduler", "engine/kernel", "steptime/curve"]
+HOT = ["steptime/curve", "engine/scheduler", "engine/store", "engine/kernel", "engine/resume", "engine/ask"]
 
 extensions = [
     Extension(

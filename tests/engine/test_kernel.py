@@ -45,7 +45,9 @@ def same(model: dict[int, tuple[float, ...]], real: dict[int, tuple[float, ...]]
 
 @settings(max_examples=150, deadline=None)
 @given(streams(), st.booleans())
-def test_jumping_and_stepping_equal_the_reference_engine(stream: tuple[EngineLimits, list[Arrival]], jumping: bool) -> None:
+def test_jumping_and_stepping_equal_the_reference_engine(
+    stream: tuple[EngineLimits, list[Arrival]], jumping: bool
+) -> None:
     limits, requests = stream
     reference, expected = stepped(limits, requests)
     engine = fast(limits, requests, jumping)
@@ -58,7 +60,9 @@ def test_jumping_and_stepping_equal_the_reference_engine(stream: tuple[EngineLim
 
 @settings(max_examples=60, deadline=None)
 @given(streams(), st.lists(st.floats(0.001, 0.5), max_size=20))
-def test_advancing_in_slices_equals_advancing_at_once(stream: tuple[EngineLimits, list[Arrival]], slices: list[float]) -> None:
+def test_advancing_in_slices_equals_advancing_at_once(
+    stream: tuple[EngineLimits, list[Arrival]], slices: list[float]
+) -> None:
     limits, requests = stream
     whole, sliced = fast(limits, requests, True), fast(limits, requests, True)
     whole.advance(FOREVER)
@@ -73,7 +77,9 @@ def test_advancing_in_slices_equals_advancing_at_once(stream: tuple[EngineLimits
 
 @settings(max_examples=60, deadline=None)
 @given(streams(), st.floats(0.0, 2.0))
-def test_a_copy_goes_on_like_its_original_and_leaves_it_alone(stream: tuple[EngineLimits, list[Arrival]], at_s: float) -> None:
+def test_a_copy_goes_on_like_its_original_and_leaves_it_alone(
+    stream: tuple[EngineLimits, list[Arrival]], at_s: float
+) -> None:
     limits, requests = stream
     engine, untouched = fast(limits, requests, True), fast(limits, requests, True)
     engine.advance(at_s)

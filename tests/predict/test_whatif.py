@@ -31,7 +31,9 @@ def situations(draw: st.DrawFn) -> tuple[EngineLimits, list[Arrival], float, Arr
 
 @settings(max_examples=200, deadline=None)
 @given(situations())
-def test_a_what_if_from_a_snapshot_equals_what_then_happens(situation: tuple[EngineLimits, list[Arrival], float, Arrival]) -> None:
+def test_a_what_if_from_a_snapshot_equals_what_then_happens(
+    situation: tuple[EngineLimits, list[Arrival], float, Arrival],
+) -> None:
     limits, stream, taken_s, asked = situation
     engine = Engine(limits, curve())
     sequences = {i: a.sequence(i) for i, a in enumerate(stream)}
@@ -46,7 +48,11 @@ def test_a_what_if_from_a_snapshot_equals_what_then_happens(situation: tuple[Eng
         if key not in present and sequence.status != FINISHED:  # on its way to the queue: the gateway's own ledger
             mirror.add(key, sequence.prompt, sequence.max_tokens, sequence.stop_after, sequence.arrived_s)
     prediction = Oracle().predict_all(
-        [mirror], prompt_tokens=asked.prompt, max_tokens=asked.max_tokens, output_tokens=asked.stop_after, now_s=asked.at_s
+        [mirror],
+        prompt_tokens=asked.prompt,
+        max_tokens=asked.max_tokens,
+        output_tokens=asked.stop_after,
+        now_s=asked.at_s,
     )[0]
     before = engine.scheduler.preemptions
     sequence = asked.sequence(-1)
@@ -131,7 +137,9 @@ def test_waiting_requests_beyond_the_cap_of_a_snapshot_count() -> None:
     assert ttfts[1] == pytest.approx(ttfts[0], rel=0.05)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:20], lambda b: b"XXXX" + b[4:], lambda b: b[:-1], lambda b: b[:4] + b"\xff\xff" + b[6:]])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:20], lambda b: b"XXXX" + b[4:], lambda b: b[:-1], lambda b: b[:4] + b"\xff\xff" + b[6:]]
+)
 def test_a_damaged_snapshot_is_refused_in_one_sentence(damage) -> None:
     engine = Engine(EngineLimits(), curve())
     engine.add(Arrival(0.0, 50, 100, 100).sequence(1), 0.0)
@@ -141,7 +149,14 @@ def test_a_damaged_snapshot_is_refused_in_one_sentence(damage) -> None:
 
 
 def test_limits_survive_the_wire() -> None:
-    limits = EngineLimits(max_num_seqs=7, block_size=32, policy="priority", async_scheduling=False, watermark=0.05, enable_prefix_caching=True)
+    limits = EngineLimits(
+        max_num_seqs=7,
+        block_size=32,
+        policy="priority",
+        async_scheduling=False,
+        watermark=0.05,
+        enable_prefix_caching=True,
+    )
     header = header_of(limits)
     empty = np.zeros((12, 0), np.int32)
     assert decode(encode(header, empty, np.zeros(0, np.uint64), np.zeros(0))).limits == limits

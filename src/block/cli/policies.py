@@ -1,5 +1,7 @@
 """``block policies``: the table of policies."""
 
+from typing import Any
+
 import click
 
 
@@ -20,10 +22,10 @@ def command(*, as_json: bool) -> None:
 
     from block.policy.table import POLICIES, make_policy
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, spec in POLICIES.items():
         options = {option: p.default for option, p in inspect.signature(spec.make).parameters.items()}
-        needs = getattr(make_policy(name).rank.needs, "name", str(make_policy(name).rank.needs)).lower()
+        needs = make_policy(name).rank.needs.name.lower()
         rows.append({"name": name, "description": spec.description, "needs": needs, "options": options})
     if as_json:
         click.echo(msgspec.json.encode(rows).decode())
@@ -33,6 +35,6 @@ def command(*, as_json: bool) -> None:
 
     table = Table("policy", "chooses", "needs", "options", box=None, header_style="bold", pad_edge=False)
     for row in rows:
-        options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
-        table.add_row(row["name"], row["description"], row["needs"], options)
+        choices = ", ".join(f"{k}={v}" for k, v in row["options"].items())
+        table.add_row(row["name"], row["description"], row["needs"], choices)
     Console().print(table)

@@ -6,14 +6,28 @@ import click
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--source", required=True, metavar="KIND:NAME", help="Whose state: emulate:NAME, vllm:NAME or shm:NAME.")
 @click.option("--profile", required=True, help="Step-time profile of the engine (see 'block profiles').")
-@click.option("--speed", default=1.0, show_default=True, help="Speed of the engine against the profile, where it is known.")
+@click.option(
+    "--speed", default=1.0, show_default=True, help="Speed of the engine against the profile, where it is known."
+)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8200, show_default=True, help="0: any free port, which is printed.")
-@click.option("--min-interval-ms", default=5.0, show_default=True, help="Send a subscriber a snapshot at most this often.")
-@click.option("--stale-after", default=3.0, show_default=True, help="Seconds after which a busy engine's snapshot is not used.")
+@click.option(
+    "--min-interval-ms", default=5.0, show_default=True, help="Send a subscriber a snapshot at most this often."
+)
+@click.option(
+    "--stale-after", default=3.0, show_default=True, help="Seconds after which a busy engine's snapshot is not used."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready.")
 def command(
-    *, source: str, profile: str, speed: float, host: str, port: int, min_interval_ms: float, stale_after: float, as_json: bool
+    *,
+    source: str,
+    profile: str,
+    speed: float,
+    host: str,
+    port: int,
+    min_interval_ms: float,
+    stale_after: float,
+    as_json: bool,
 ) -> None:
     """Serve one engine's scheduler state as a stream and predict what a request would meet there.
 
@@ -27,7 +41,7 @@ def command(
     Examples:
       block predictor --source emulate:a --profile h200-llama3.1-8b --port 8201
       block predictor --source vllm:prod-0 --profile ./my-gpu.json --port 8201
-      curl localhost:8201/predict -d '{"prompt_tokens": 300, "max_tokens": 512, "quantiles": [[0.1, 20], [0.5, 150], [0.9, 500]]}'
+      curl localhost:8201/predict -d '{"prompt_tokens": 300, "quantiles": [[0.1, 20], [0.5, 150], [0.9, 500]]}'
     """
     import os
 

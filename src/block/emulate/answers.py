@@ -1,8 +1,8 @@
 """Answers on their way out: one object a request, told of every token by the player.
 
-A stream's event differs from the one before it in one word of four bytes only, so what stands before and after the word is made
-once and a token costs a concatenation and a write. Where a client does not read, tokens wait and are merged into one event
-later, as in vLLM.
+A stream's event differs from the one before it in one word of four bytes only, so what stands before and after the
+word is made once and a token costs a concatenation and a write. Where a client does not read, tokens wait and are
+merged into one event later, as in vLLM.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ _json = msgspec.json.encode
 
 
 class Answer(Protocol):
-    """Where a request's tokens go. ``done`` ends with the finish reason, or with the error that broke the answer off."""
+    """Where a request's tokens go. ``done`` ends with the finish reason, or the error that broke it off."""
 
     done: "asyncio.Future[str]"
 
@@ -42,12 +42,14 @@ class WholeAnswer:
 class StreamedAnswer:
     """Server-sent events. ``send`` takes bytes for the socket, ``backlog`` says how many of them wait there.
 
-    ``head`` holds the fields that all events share (id, object, created, model); ``chunked``: frame the events for HTTP/1.1.
+    ``head`` holds the fields that all events share (id, object, created, model); ``chunked``: frame the events for
+    HTTP/1.1.
     """
 
     def __init__(
         self,
         job: Job,
+        *,
         head: dict[str, Any],
         send: Callable[[bytes], None],
         backlog: Callable[[], int],
@@ -75,7 +77,7 @@ class StreamedAnswer:
         role = b""
         if self._sent == 0 and self._job.chat:
             choice = b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-            role = self._framed(self._open + choice + self._close())
+            role = self._framed(self._open + choice + self._close(0))
         before, after = self._around(reason)
         text = tokens.answer(self._seed, self._sent, self._made)
         self._sent = self._made
@@ -85,7 +87,7 @@ class StreamedAnswer:
 
     def _end(self, reason: str) -> None:
         if self._job.include_usage:
-            self._send(self._framed(self._open + b'],"usage":' + self._usage() + b"}\n\n"))
+            self._send(self._framed(self._open + b'],"usage":' + self._usage(self._made) + b"}\n\n"))
         self._send(self._framed(b"data: [DONE]\n\n"))
         if not self.done.done():
             self.done.set_result(reason)
@@ -95,16 +97,16 @@ class StreamedAnswer:
         why = b"null" if reason is None else _json(reason)
         stop_reason = b"" if self._job.chat and reason is None else b',"stop_reason":null'
         text_open, text_close = (b'"delta":{"content":"', b'"}') if self._job.chat else (b'"text":"', b'"')
-        after = text_close + b',"logprobs":null,"finish_reason":' + why + stop_reason + b"}" + self._close()
+        after = text_close + b',"logprobs":null,"finish_reason":' + why + stop_reason + b"}" + self._close(self._made)
         return self._open + b'{"index":0,' + text_open, after
 
-    def _close(self) -> bytes:
+    def _close(self, output_tokens: int) -> bytes:
         if self._job.continuous_usage:
-            return b'],"usage":' + self._usage() + b"}\n\n"
+            return b'],"usage":' + self._usage(output_tokens) + b"}\n\n"
         return b'],"usage":null}\n\n' if self._job.include_usage else b"]}\n\n"
 
-    def _usage(self) -> bytes:
-        return _json(usage(self._job.prompt_tokens, self._made))
+    def _usage(self, output_tokens: int) -> bytes:
+        return _json(usage(self._job.prompt_tokens, output_tokens))
 
     def _framed(self, event: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(event), event) if self._chunked else event

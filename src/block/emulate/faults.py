@@ -13,9 +13,9 @@ INTERNAL_ERROR: Final = "InternalServerError"
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What ``POST /emulate/fault`` takes.
 
-    hang: nothing moves for ``seconds`` (it goes on where it was); slow: every step takes ``factor`` times as long, from now
-    on (1: as before); errors: this ``fraction`` of requests gets a 500, from now on; break: all requests in play lose their
-    connection in the middle; exit: the process is gone at once, as if killed.
+    hang: nothing moves for ``seconds`` (it goes on where it was); slow: every step takes ``factor`` times as long,
+    from now on (1: as before); errors: this ``fraction`` of requests gets a 500, from now on; break: all requests in
+    play lose their connection in the middle; exit: the process is gone at once, as if killed.
     """
 
     kind: Literal["hang", "slow", "errors", "break", "exit"]

@@ -22,7 +22,7 @@ from block.steptime.profile import load_profile
 
 
 class Instance:
-    """The engine, its player and its publisher; must be made inside a running event loop's process, ``player`` needs a timer.
+    """The engine, its player and its publisher. The ``player`` needs a timer before the first request.
 
     Raises (all at construction):
         UnknownNameError: no such profile or length distribution.
@@ -36,7 +36,7 @@ class Instance:
         self.lengths = output_lengths(config.output_lengths, config.seed)
         self.failures = Failures(config.fail_rate, config.seed + 1)
         self.clock = PausableClock(clock or MonotonicClock())
-        self.engine = Engine(config.limits, self.profile.curve(1 / config.speed), self.clock.now_s())
+        self.engine = Engine(config.limits, self.profile.curve(1 / config.speed, config.limits), self.clock.now_s())
         self.measures = Measures(config.limits.max_model_len)
         self.lateness = Lateness(self.measures.late)
         self.exact: set[int] = set()
@@ -48,14 +48,17 @@ class Instance:
         self.player = Player(
             self.engine, self.clock, self.measures, self.lateness, self._on_change,
             input_s=self.profile.input_s, output_s=self.profile.output_s,
+            output_request_s=self.profile.output_request_s,
         )  # fmt: skip
 
     def slow_down(self, factor: float) -> None:
         """From the next step on all steps take ``factor`` times as long as configured."""
-        self.engine.curve = self.profile.curve(factor / self.config.speed)
+        self.engine.curve = self.profile.curve(factor / self.config.speed, self.config.limits)
 
     def sequence_of(self, job: Job, request_id: str | None, wanted_output: int | None) -> Sequence:
-        """The sequence that plays a job, ready for ``start``. ``wanted_output`` is the experiment's truth, ``None``: decide here.
+        """The sequence that plays a job, ready for ``start``.
+
+        ``wanted_output``: the experiment's true output length, ``None``: decide here.
 
         Raises:
             ClientError: unknown model, or it does not fit into the context, the policy or the KV blocks.
@@ -69,12 +72,19 @@ class Instance:
             wanted_output = max_tokens if job.exact_output else self.lengths.next()
         arrived_s = self.clock.now_s()
         sequence = Sequence(
-            self._key(request_id), job.prompt_tokens, max_tokens, max(wanted_output, 1), job.priority, arrived_s, None, arrived_s
+            self._key(request_id),
+            job.prompt_tokens,
+            max_tokens,
+            max(wanted_output, 1),
+            job.priority,
+            arrived_s,
+            None,
+            arrived_s,
         )
         if not self.engine.scheduler.can_ever_run(sequence):
             raise bad_request(
-                f"This request needs more KV cache than the {limits.blocks_usable} blocks of {limits.block_size} tokens "
-                "that this engine has."
+                f"This request needs more KV cache than the {limits.blocks_usable} blocks of {limits.block_size} "
+                "tokens that this engine has."
             )
         if limits.enable_prefix_caching:
             answer = tokens.answer(tokens.answer_seed(job.prompt), 0, sequence.stop_after)
@@ -100,15 +110,16 @@ class Instance:
         longest, prompt = self.config.limits.max_model_len, job.prompt_tokens
         if prompt >= longest:
             raise bad_request(
-                f"This model's maximum context length is {longest} tokens. However, your request has {prompt} input tokens. "
-                "Please reduce the length of the input messages.", "messages" if job.chat else "prompt",
+                f"This model's maximum context length is {longest} tokens. However, your request has {prompt} input "
+                "tokens. Please reduce the length of the input messages.", "messages" if job.chat else "prompt",
             )  # fmt: skip
         if job.max_tokens is None:
             return longest - prompt
         if prompt + job.max_tokens > longest:
             raise bad_request(
-                f"'max_tokens' or 'max_completion_tokens' is too large: {job.max_tokens}. This model's maximum context length is "
-                f"{longest} tokens and your request has {prompt} input tokens ({job.max_tokens} > {longest} - {prompt}).",
+                f"'max_tokens' or 'max_completion_tokens' is too large: {job.max_tokens}. This model's maximum "
+                f"context length is {longest} tokens and your request has {prompt} input tokens "
+                f"({job.max_tokens} > {longest} - {prompt}).",
                 "max_tokens",
             )
         return job.max_tokens

@@ -20,7 +20,7 @@ class LatenessSummary(msgspec.Struct, frozen=True):
 
 
 class Lateness:
-    """Actual minus due times of steps: when the last byte of a step's tokens was handed over, and when it should have been."""
+    """Actual minus due times of steps: when the last token of a step was handed over, and when it should have been."""
 
     def __init__(self, histogram: Any) -> None:
         self._histogram = histogram

@@ -46,7 +46,7 @@ class ChatBody(_Body, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked request. ``prompt`` is a token sequence (``emulate.tokens``); ``exact_output``: the client set ``ignore_eos``."""
+    """A checked request. ``prompt``: a token sequence (``emulate.tokens``); ``exact_output``: ``ignore_eos`` is set."""
 
     chat: bool
     model: str | None
@@ -108,7 +108,9 @@ def prompt_of(prompt: str | list[Any]) -> bytes:
     """
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         if len(prompt) > 1:
-            raise bad_request("Several prompts in one request are not supported by this server: send them one by one.", "prompt")
+            raise bad_request(
+                "Several prompts in one request are not supported by this server: send them one by one.", "prompt"
+            )
         prompt = prompt[0]
     if not prompt:
         raise bad_request("The prompt must not be empty.", "prompt")
@@ -121,7 +123,7 @@ def prompt_of(prompt: str | list[Any]) -> bytes:
 
 
 def message_text(message: Message) -> str:
-    """The text of a message: its text parts (images, audio and what else there may be count nothing), its tool calls as JSON."""
+    """The text of a message: its text parts (images, audio and the like count nothing), its tool calls as JSON."""
     text = message.content or ""
     if isinstance(text, list):
         texts = [part if isinstance(part, str) else part.get("text") for part in text if isinstance(part, str | dict)]

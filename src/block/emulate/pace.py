@@ -4,7 +4,7 @@ from block.clock import Clock
 
 
 class PausableClock:
-    """Seconds that run with another clock except while paused. A hang of the engine is a pause: afterwards it goes on where it was."""
+    """Seconds that run with another clock except while paused: after a hang the engine goes on where it was."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

@@ -1,14 +1,15 @@
 """The engine model played in real time: sleeps until its next event, hands each token to the answer that waits for it.
 
-The player's time is a pausable clock under which the engine's virtual time runs. Everything due is computed in one go and keeps its
-virtual time, so a machine that is late does not slow the emulated engine: it delivers late and counts by how much
-(``Lateness``). Tokens leave ``output_s`` after their step's results are in, requests reach the scheduler ``input_s`` after
-they arrive, as the profile measured it.
+The player's time is a pausable clock under which the engine's virtual time runs. Everything due is computed in one go
+and keeps its virtual time, so a machine that is late does not slow the emulated engine: it delivers late and counts
+by how much (``Lateness``). A step's tokens leave together, ``output_s`` + ``output_request_s`` a token after its
+results are in, and requests reach the scheduler ``input_s`` after they arrive, as the profile measured it.
 """
 
 from collections import deque
 from collections.abc import Callable
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 
 from block.emulate.answers import Answer
 from block.emulate.lateness import Lateness
@@ -18,9 +19,11 @@ from block.emulate.timer import Timer
 from block.engine.pipeline import Engine
 from block.engine.scheduler import FINISHED, Sequence
 
+_time = itemgetter(0)
+
 
 class Play:
-    """A request in play: its sequence, its answer, how many tokens the answer got and when the last one left the engine."""
+    """A request in play: its sequence, its answer, how many tokens the answer got, when the last one was due."""
 
     __slots__ = ("answer", "last_s", "sequence", "told")
 
@@ -37,17 +40,18 @@ class Player:
     """
 
     def __init__(
-        self, engine: Engine, clock: PausableClock, measures: Measures, lateness: Lateness, on_change: Callable[[], None],
-        *, input_s: float = 0.0, output_s: float = 0.0,
+        self, engine: Engine, clock: PausableClock, measures: Measures, lateness: Lateness,
+        on_change: Callable[[], None], *, input_s: float = 0.0, output_s: float = 0.0, output_request_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.engine = engine
         self.clock = clock
         self._timer: Timer | None = None
         self._measures, self._lateness, self._on_change = measures, lateness, on_change
-        self._input_s, self._output_s = input_s, output_s
+        self._input_s, self._output_s, self._output_request_s = input_s, output_s, output_request_s
         self._model_len = engine.limits.max_model_len
         self._playing: dict[int, Play] = {}
         self._deliveries: deque[tuple[float, list[Play]]] = deque()  # (due, whose token), in order
+        self._input_due_s = self._due_s = 0.0
         self._steps_counted = 0
 
     def use_timer(self, timer: Timer) -> None:
@@ -64,13 +68,17 @@ class Player:
     def add(self, sequence: Sequence, answer: Answer) -> None:
         """Start a request; its ``key`` must not be in play."""
         self._playing[sequence.key] = Play(sequence, answer)
-        self.engine.add(sequence, sequence.arrived_s + self._input_s)
+        # A request can be started after one that arrived later; the engine takes them in order.
+        self._input_due_s = max(self._input_due_s, sequence.arrived_s + self._input_s)
+        self.engine.add(sequence, self._input_due_s)
         self._arm()
 
     def abort(self, key: int) -> None:
         """The client is gone: its blocks are free at once. A key that is not in play is ignored."""
         play = self._playing.pop(key, None)
-        if play is None or play.sequence.status == FINISHED:  # finished: only its last tokens were still on their way out
+        if (
+            play is None or play.sequence.status == FINISHED
+        ):  # finished: only its last tokens were still on their way out
             return
         self.engine.abort(play.sequence, self.clock.now_s())
         self._measures.finished["abort"] += 1
@@ -109,15 +117,10 @@ class Player:
 
     def _group(self, events: list[tuple[float, Sequence]]) -> None:
         """Put the tokens of each step into one delivery."""
-        last_s = None
-        batch: list[Play] = []
-        for at_s, sequence in events:
-            if at_s != last_s:
-                batch, last_s = [], at_s
-                self._deliveries.append((at_s + self._output_s, batch))
-            play = self._playing.get(sequence.key)
-            if play is not None:
-                batch.append(play)
+        for at_s, tokens in groupby(events, key=_time):
+            batch = [play for _, sequence in tokens if (play := self._playing.get(sequence.key)) is not None]
+            self._due_s = max(self._due_s, at_s + self._output_s + self._output_request_s * len(batch))
+            self._deliveries.append((self._due_s, batch))
 
     def _deliver(self) -> None:
         while self._deliveries and self._deliveries[0][0] <= self.clock.now_s():
@@ -155,5 +158,9 @@ class Player:
         """Ask to be woken for whatever is next."""
         if self._timer is None:
             return
-        times = [at_s for at_s in (self.engine.next_event_s(), self._deliveries[0][0] if self._deliveries else None) if at_s is not None]
+        times = [
+            at_s
+            for at_s in (self.engine.next_event_s(), self._deliveries[0][0] if self._deliveries else None)
+            if at_s is not None
+        ]
         self._timer.wake_at(None if self.clock.paused or not times else self.clock.under_s(min(times)))

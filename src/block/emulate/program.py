@@ -1,7 +1,6 @@
 """``block emulate`` as a running program: socket, engine, timer, server, and their end."""
 
 import asyncio
-import gc
 import socket
 from collections.abc import Callable
 
@@ -30,8 +29,6 @@ async def emulate(
         if publisher is not None:
             publisher.publish()
             beat = asyncio.create_task(publisher.beat())
-        gc.collect()
-        gc.freeze()  # what stands now stays; the collector need not look at it again between steps
         await serve_until_stopped(make_app(instance), bound, on_ready, stop)
     finally:
         if beat is not None:

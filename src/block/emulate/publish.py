@@ -16,8 +16,9 @@ CACHED_KEYS_EVERY_S: Final = 0.1  # collecting the prefix cache's contents costs
 class Publisher:
     """Writes a snapshot when the engine has changed, at most every ``min_interval_s`` of wall time; newest wins.
 
-    ``exact`` holds the keys of the requests whose output the client fixed; its owner keeps it up to date. While the engine's
-    clock is paused (a hang) nothing is published. ``cached_blocks``: put the prefix cache's contents in, 8 bytes a block.
+    ``exact`` holds the keys of the requests whose output the client fixed; its owner keeps it up to date. While the
+    engine's clock is paused (a hang) nothing is published. ``cached_blocks``: put the prefix cache's contents in, 8
+    bytes a block.
 
     Raises:
         BadInputError: another live engine publishes under this name.

@@ -66,7 +66,9 @@ class Routes:
         request_id = request.headers.get("X-Request-Id")
         sequence = instance.sequence_of(job, request_id, _wanted_output(request))
         prefix = "chatcmpl-" if job.chat else "cmpl-"
-        first = head(job, prefix + (request_id or uuid.uuid4().hex), int(time.time()), job.model or instance.config.models[0])
+        first = head(
+            job, prefix + (request_id or uuid.uuid4().hex), int(time.time()), job.model or instance.config.models[0]
+        )
         play = self._stream if job.stream else self._answer_whole
         try:
             return await play(request, job, first, sequence)
@@ -77,7 +79,9 @@ class Routes:
         finally:
             instance.leave(sequence)
 
-    async def _answer_whole(self, _request: web.Request, job: Job, first: dict[str, Any], sequence: Any) -> web.Response:
+    async def _answer_whole(
+        self, _request: web.Request, job: Job, first: dict[str, Any], sequence: Any
+    ) -> web.Response:
         answer = WholeAnswer(asyncio.get_running_loop().create_future())
         self._instance.start(sequence, job, answer)
         reason = await answer.done
@@ -91,10 +95,10 @@ class Routes:
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client is gone")
-        chunked = request.version >= HttpVersion11
         answer = StreamedAnswer(
-            job, first, transport.write, transport.get_write_buffer_size, asyncio.get_running_loop().create_future(), chunked
-        )
+            job, head=first, send=transport.write, backlog=transport.get_write_buffer_size,
+            done=asyncio.get_running_loop().create_future(), chunked=request.version >= HttpVersion11,
+        )  # fmt: skip
         self._instance.start(sequence, job, answer)
         await answer.done
         await response.write_eof()
@@ -102,7 +106,7 @@ class Routes:
 
     async def models(self, _request: web.Request) -> web.Response:
         config = self._instance.config
-        cards = [
+        cards: list[dict[str, Any]] = [
             {"id": model, "object": "model", "created": self._created, "owned_by": "vllm", "root": config.models[0],
              "parent": None, "max_model_len": config.limits.max_model_len, "permission": []}
             for model in config.models
@@ -140,7 +144,9 @@ class Routes:
             raise bad_request(f"tokens: {error}.", "tokens") from error
 
     async def metrics(self, _request: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        return web.Response(
+            body=generate_latest(self._registry), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        )
 
     async def lateness(self, _request: web.Request) -> web.Response:
         return json_response(self._instance.lateness.summary())

@@ -1,10 +1,10 @@
 """The emulator's tokenizer: four bytes of UTF-8 are one token, which is about what a real one makes of English.
 
-A token sequence is a ``bytes`` object of four bytes a token, so counting and hashing blocks need no list of ids; a token's id is
-its bytes as a little-endian integer. Each text is padded with NUL to whole tokens. A chat message costs four tokens besides its
-content (start, role, end of header, end of message), and the header of the answer three. A generated token is a word of three
-letters and a space, so an answer that a client sends back as part of a chat's history becomes the same tokens again and its KV
-blocks are found by prefix caching.
+A token sequence is a ``bytes`` object of four bytes a token, so counting and hashing blocks need no list of ids; a
+token's id is its bytes as a little-endian integer. Each text is padded with NUL to whole tokens. A chat message costs
+four tokens besides its content (start, role, end of header, end of message), and the header of the answer three. A
+generated token is a word of three letters and a space, so an answer that a client sends back as part of a chat's
+history becomes the same tokens again and its KV blocks are found by prefix caching.
 """
 
 import zlib
@@ -91,7 +91,7 @@ def answer(seed: int, start: int, end: int) -> bytes:
 
 
 def block_keys(tokens: bytes, block_size: int, salt: str = "") -> list[int]:
-    """Content keys (64 bits) of the full blocks: equal exactly where everything up to the block's end, and the salt, is equal."""
+    """Content keys (64 bits) of the full blocks: equal where salt and everything up to the block's end are equal."""
     size = block_size * TOKEN_BYTES
     parent = salt.encode()
     keys = []

@@ -52,11 +52,7 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def jumpable(self) -> bool:
         """Whether the fast kernel models this engine exactly (first come, plain blocks, no prefill cap)."""
-        return (
-            self.policy == "fcfs"
-            and not self.enable_prefix_caching
-            and self.long_prefill_token_threshold == 0
-        )
+        return self.policy == "fcfs" and not self.enable_prefix_caching and self.long_prefill_token_threshold == 0
 
 
 def limits_from(fields: Mapping[str, Any]) -> EngineLimits:

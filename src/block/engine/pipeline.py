@@ -35,7 +35,9 @@ class Engine:
         self.scheduler = Scheduler(limits)
         self.in_flight: deque[Flight] = deque()
         self.steps = 0
-        self.recent: deque[tuple[Flight, float]] = deque(maxlen=STEPS_KEPT)  # the last finished steps, when they finished
+        self.recent: deque[tuple[Flight, float]] = deque(
+            maxlen=STEPS_KEPT
+        )  # the last finished steps, when they finished
         self._arrivals: deque[tuple[float, Sequence]] = deque()
         self._cpu_free_s = now_s
         self._gpu_free_s = now_s
@@ -103,7 +105,9 @@ class Engine:
         chunks = len(batch.chunks)
         self._cpu_free_s = now_s + self.curve.launch_s(batch.decode_requests, batch.prefill_tokens, chunks)
         started_s = max(self._gpu_free_s, now_s + self.curve.head_s)
-        step_s = self.curve.gpu_s(batch.decode_requests, batch.context, batch.prefill_tokens, batch.prefill_work, chunks)
+        step_s = self.curve.gpu_s(
+            batch.decode_requests, batch.context, batch.prefill_tokens, batch.prefill_work, chunks
+        )
         self._gpu_free_s = max(started_s + step_s, self._cpu_free_s)
         self.in_flight.append(Flight(batch, now_s, started_s, self._gpu_free_s))
         self.steps += 1
@@ -119,5 +123,3 @@ class Engine:
             if sequence.status == FINISHED:
                 sequence.finished_s = now_s
             tokens.append((now_s, sequence))
-
-

@@ -95,7 +95,7 @@ class Sequence:
             return self.block_keys[i]
         return (self.key, i)
 
-    def __lt__(self, other: Sequence) -> bool:
+    def __lt__(self, other) -> bool:
         """Order of the waiting queue under the priority policy."""
         if self.priority != other.priority:
             return self.priority < other.priority

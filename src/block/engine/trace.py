@@ -51,7 +51,11 @@ def validate_trace(path: Path) -> TraceVerdict:
             key, prompt, max_tokens, priority = arrival[:4]
             # The recorder kept ids in arrival order, which is vLLM's tie-break too.
             sequences[key] = Sequence(
-                key, prompt, max_tokens, priority=priority, order=float(len(sequences)),
+                key,
+                prompt,
+                max_tokens,
+                priority=priority,
+                order=float(len(sequences)),
                 stop_after=arrival[4] if len(arrival) > 4 else None,
                 block_keys=arrival[5] if len(arrival) > 5 else shared_keys[: prompt // limits.block_size],
             )
@@ -103,7 +107,9 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     except FileNotFoundError as error:
         raise BadInputError(f"There is no trace file {path}.") from error
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise BadInputError(f"{path} is not a scheduler trace (gzip JSON lines, first an engine header): {error}.") from error
+        raise BadInputError(
+            f"{path} is not a scheduler trace (gzip JSON lines, first an engine header): {error}."
+        ) from error
 
 
 def _parse(lines: Iterator[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

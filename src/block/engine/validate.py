@@ -116,7 +116,8 @@ def replay(
     """
     engine = Engine(limits, profile.curve(limits=limits))
     sequences = [
-        EngineSequence(r.key, r.prompt_tokens, r.output_tokens, arrived_s=r.arrived_s, block_keys=r.block_keys) for r in requests
+        EngineSequence(r.key, r.prompt_tokens, r.output_tokens, arrived_s=r.arrived_s, block_keys=r.block_keys)
+        for r in requests
     ]
     for sequence in sequences:
         if not engine.scheduler.can_ever_run(sequence):
@@ -154,7 +155,9 @@ def _by_time(tokens: list[tuple[float, EngineSequence]]) -> list[tuple[float, li
     return groups
 
 
-def compare(stage: str, profile: str, requests: Sequence[MeasuredRequest], made: Replayed, preemptions: int | None) -> Fidelity:
+def compare(
+    stage: str, profile: str, requests: Sequence[MeasuredRequest], made: Replayed, preemptions: int | None
+) -> Fidelity:
     """Score a replay; ``preemptions``: the measured count, if known."""
     ttft = np.array([r.ttft_s for r in requests])
     e2e = np.array([r.e2e_s for r in requests])

@@ -34,7 +34,14 @@ log = logging.getLogger("block.gateway")
 class App:
     """What every client connection talks to. Owns the set of connections."""
 
-    def __init__(self, config: GatewayConfig, pool: Pool, dispatcher: Dispatcher, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        pool: Pool,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
         self.config, self.pool, self.dispatcher, self.metrics, self.loop = config, pool, dispatcher, metrics, loop
         self.connections: set[ClientConnection] = set()
         self.self_test: str | None = None
@@ -42,7 +49,7 @@ class App:
         self.membership: Membership | None = None
         self._keys = [key.encode() for key in config.all_keys()]
         self._reads_text = bool(getattr(dispatcher.estimator, "reads_text", False))
-        self._pass = tuple(config.passthrough)
+        self._pass = config.passthrough
 
     def configure(self, config: GatewayConfig) -> None:
         """Limits and keys after a reload."""
@@ -74,7 +81,10 @@ class App:
             log.exception("bug while handling %s %s", http.method.decode("latin-1"), http.path)
             if client.exchange is not None:
                 client.exchange.client_gone()
-            client.answer_error(ClientError(500, "The gateway made a mistake.", kind="server_error", code="internal_error"), _echoed_id(http))
+            client.answer_error(
+                ClientError(500, "The gateway made a mistake.", kind="server_error", code="internal_error"),
+                _echoed_id(http),
+            )
 
     def _route(self, client: ClientConnection, http: HttpRequest) -> None:
         path = http.path
@@ -119,7 +129,11 @@ class App:
             reason = f"no instance is ready: {self.pool.why_none()}"
         elif self.self_test is not None:
             reason = self.self_test
-        body = {"status": "ok" if reason is None else "not ready", "reason": reason, "ready_endpoints": len(self.pool.ready())}
+        body = {
+            "status": "ok" if reason is None else "not ready",
+            "reason": reason,
+            "ready_endpoints": len(self.pool.ready()),
+        }
         return 200 if reason is None else 503, msgspec.json.encode(body)
 
     def _authorize(self, http: HttpRequest) -> None:
@@ -128,7 +142,9 @@ class App:
         given = http.fields.get(b"authorization", b"")
         token = given[7:].strip() if given[:7].lower() == b"bearer " else b""
         if not sum(hmac.compare_digest(token, key) for key in self._keys):
-            raise ClientError(401, "The API key is missing or wrong.", kind="authentication_error", code="invalid_api_key")
+            raise ClientError(
+                401, "The API key is missing or wrong.", kind="authentication_error", code="invalid_api_key"
+            )
 
     def _look_up(self, client: ClientConnection, path: str) -> None:
         if path.startswith("/v1/decisions/"):
@@ -158,9 +174,11 @@ class App:
         if request_id is None:
             request_id = os.urandom(16).hex()
         elif not _REQUEST_ID.fullmatch(request_id):
-            raise ClientError(400, "The header x-request-id must be 1-256 visible ASCII characters.", param="x-request-id")
+            raise ClientError(
+                400, "The header x-request-id must be 1-256 visible ASCII characters.", param="x-request-id"
+            )
         dispatcher = self.dispatcher
-        arrived_s = self.loop.time()
+        arrived_s = monotonic()
         request, prompt_bytes = as_request(
             http, body, request_id=request_id, arrived_s=dispatcher.wall_s(), ratio=dispatcher.ratio,
             reads_text=generating and self._reads_text,
@@ -181,13 +199,19 @@ class App:
             raise ClientError(404, "There is no administration here: no admin key is set.", code="not_found")
         given = http.fields.get(b"authorization", b"")
         if not hmac.compare_digest(given, b"Bearer " + key.encode()):
-            raise ClientError(401, "The admin key is missing or wrong.", kind="authentication_error", code="invalid_api_key")
+            raise ClientError(
+                401, "The admin key is missing or wrong.", kind="authentication_error", code="invalid_api_key"
+            )
         parts = [unquote(part) for part in path.removeprefix("/admin/").split("/")]
         match (http.method, parts):
             case (b"GET", ["instances"]):
-                client.answer(200, msgspec.json.encode({"data": [self._describe(i) for i in self.pool.instances.values()]}))
+                client.answer(
+                    200, msgspec.json.encode({"data": [self._describe(i) for i in self.pool.instances.values()]})
+                )
             case (b"POST", ["instances"]):
-                client.answer(201, msgspec.json.encode(self._describe(self.membership.join(_instance_of(http.body, self.pool)))))
+                client.answer(
+                    201, msgspec.json.encode(self._describe(self.membership.join(_instance_of(http.body, self.pool))))
+                )
             case (b"POST", ["instances", name, "drain"]):
                 instance = self._instance(name)
                 self.pool.drain(instance)

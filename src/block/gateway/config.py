@@ -21,6 +21,11 @@ RELOADABLE: Final = frozenset(
 """Fields that a reload changes; the others need a restart, and the reload says so."""
 
 
+PASSED_THROUGH: Final = (
+    "/v1/", "/tokenize", "/detokenize", "/score", "/rerank", "/pooling", "/classify", "/version",
+)  # fmt: skip
+
+
 class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine: its base URL, its predictor's, a name (the URL's host and port where none is given)."""
 
@@ -84,7 +89,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     admin_key: str | None = None
     decisions_kept: int = 4096
     decision_headers: bool = True
-    passthrough: list[str] = ["/v1/", "/tokenize", "/detokenize", "/score", "/rerank", "/pooling", "/classify", "/version"]
+    passthrough: tuple[str, ...] = PASSED_THROUGH  # paths (prefixes) of other routes that go to an instance
     config_file: str | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -95,7 +100,13 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             value = getattr(self, name)
             if kind in (int, float) and value < 0:
                 raise ConfigError(f"{name} must not be negative, not {value}.")
-        for name in ("max_concurrent_requests", "instance_in_flight_max", "request_bytes_max", "header_bytes_max", "connections_max"):
+        for name in (
+            "max_concurrent_requests",
+            "instance_in_flight_max",
+            "request_bytes_max",
+            "header_bytes_max",
+            "connections_max",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1.")
         ids = [instance.id for instance in self.instances]
@@ -224,7 +235,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             continue
         if name == "instances":
             given[name] = [parse_instance(part) for part in text.split()]
-        elif hints[name] == list[str]:
+        elif hints[name] in (list[str], tuple[str, ...]):
             given[name] = text.split()
         else:
             try:

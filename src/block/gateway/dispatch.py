@@ -54,7 +54,14 @@ class Dispatcher:
     """Owns the requests in flight, the queue and the retry budget. One per gateway process."""
 
     def __init__(
-        self, config: GatewayConfig, pool: Pool, policy: Policy, estimator: Any, metrics: Metrics, rng: Random, loop: asyncio.AbstractEventLoop
+        self,
+        config: GatewayConfig,
+        pool: Pool,
+        policy: Policy,
+        estimator: Any,
+        metrics: Metrics,
+        rng: Random,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.config, self.pool, self.policy, self.estimator, self.metrics = config, pool, policy, estimator, metrics
         self.rng, self.loop = rng, loop
@@ -95,20 +102,23 @@ class Dispatcher:
             self._shed(exchange, "queue_full", "The gateway is at its limit and its queue is full; try again later.")
             return
         self.active.discard(exchange)
-        exchange.queued_s = exchange.queued_s or self.loop.time()
+        exchange.queued_s = exchange.queued_s or monotonic()
         self.queue.append(exchange)
 
     def _shed(self, exchange: Exchange, reason: str, message: str) -> None:
         self.metrics.rejected.labels(reason).inc()
-        extra = b"retry-after: %d\r\nx-llm-d-request-dropped-reason: rejected-%b\r\n" % (self.expected_wait_s(), reason.replace("_", "-").encode())
+        extra = b"retry-after: %d\r\nx-llm-d-request-dropped-reason: rejected-%b\r\n" % (
+            self.expected_wait_s(),
+            reason.replace("_", "-").encode(),
+        )
         exchange.refuse(ClientError(429, message, kind="rate_limit_error", code=reason), extra)
 
     def expected_wait_s(self) -> int:
         """Whole seconds until a slot is free for one more, at the pace of the last finished requests; 1-60."""
         finished = self._finished
-        if len(finished) < 2 or self.loop.time() <= finished[0]:
+        if len(finished) < 2 or monotonic() <= finished[0]:
             return 1
-        pace = len(finished) / (self.loop.time() - finished[0])
+        pace = len(finished) / (monotonic() - finished[0])
         return max(1, min(60, math.ceil((len(self.queue) + 1) / pace)))
 
     def _pull(self) -> None:
@@ -120,7 +130,7 @@ class Dispatcher:
             if not self._eligible(exchange) and self.pool.full(exchange.request.model):
                 self.queue.appendleft(exchange)
                 return
-            self.metrics.queue_time.observe(self.loop.time() - exchange.queued_s)
+            self.metrics.queue_time.observe(monotonic() - exchange.queued_s)
             self.active.add(exchange)
             self._dispatch(exchange)
 
@@ -146,12 +156,21 @@ class Dispatcher:
     def _nobody(self, exchange: Exchange) -> None:
         model = exchange.request.model
         if exchange.tried:
-            exchange.refuse(ClientError(502, f"No instance could answer: {self.pool.why_none()}.", kind="server_error", code="instances_failed"))
+            exchange.refuse(
+                ClientError(
+                    502,
+                    f"No instance could answer: {self.pool.why_none()}.",
+                    kind="server_error",
+                    code="instances_failed",
+                )
+            )
         elif self.pool.full(model):
             self._enqueue(exchange)
         else:
             exchange.refuse(
-                ClientError(503, f"No instance is ready: {self.pool.why_none()}.", kind="server_error", code="no_ready_endpoint"),
+                ClientError(
+                    503, f"No instance is ready: {self.pool.why_none()}.", kind="server_error", code="no_ready_endpoint"
+                ),
                 b"retry-after: 1\r\n",
             )
 
@@ -174,7 +193,7 @@ class Dispatcher:
 
     def _load(self, instance_id: InstanceId, now_s: float) -> Any:
         instance = self.pool.instances[instance_id]
-        recent = instance.sent.advance(self.loop.time())
+        recent = instance.sent.advance(monotonic())
         return self.evidence[instance_id].load(instance.in_flight, recent, instance.in_flight_tokens, now_s)
 
     def _predicted(self, exchange: Exchange, ids: Sequence[InstanceId], now_s: float, *, harm: bool) -> list[Candidate]:
@@ -200,7 +219,9 @@ class Dispatcher:
             evidence.spoiled(f"the engine model cannot work with its snapshot: {error!r}")
             return None
 
-    def _ask(self, exchange: Exchange, ids: Sequence[InstanceId], mirrors: list[Any], now_s: float, *, harm: bool) -> Any:
+    def _ask(
+        self, exchange: Exchange, ids: Sequence[InstanceId], mirrors: list[Any], now_s: float, *, harm: bool
+    ) -> Any:
         from block.predict.whatif import predict_all
 
         request = exchange.request
@@ -224,7 +245,9 @@ class Dispatcher:
         snapshot = self.evidence[instance_id].snapshot
         return DEFAULT_MAX_TOKENS if snapshot is None else max(1, snapshot.limits.max_model_len - request.prompt_tokens)
 
-    async def _dispatch_remotely(self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId], remote: "RemotePredictors") -> None:
+    async def _dispatch_remotely(
+        self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId], remote: "RemotePredictors"
+    ) -> None:
         started_s = time.perf_counter()
         shortlist = policy.shortlist.choose(ids, self.rng)
         self._estimate(exchange)
@@ -232,7 +255,11 @@ class Dispatcher:
         if exchange.over:
             return
         now_s = time.time()
-        candidates = [Candidate(i, self._load(i, now_s), p) for i, p in zip(shortlist, predictions, strict=True) if i in self.pool.instances]
+        candidates = [
+            Candidate(i, self._load(i, now_s), p)
+            for i, p in zip(shortlist, predictions, strict=True)
+            if i in self.pool.instances
+        ]
         for candidate in candidates:
             if candidate.prediction is None:
                 self.metrics.evidence_missing.labels(candidate.instance).inc()
@@ -263,10 +290,12 @@ class Dispatcher:
         """Count it on its instance, in the pool and (where the policy looks) in the ledger of unseen requests."""
         request = exchange.request
         exchange.tokens = request.prompt_tokens + exchange.expected_total
-        self.pool.started(instance, exchange.tokens, self.loop.time())
+        self.pool.started(instance, exchange.tokens, monotonic())
         if exchange.generating and exchange.expected_total and instance.config.predictor is not None:
             evidence = self.evidence[instance.id]
-            exchange.key = evidence.sent(request, self._max_tokens(request, instance.id), exchange.expected_total, time.time())
+            exchange.key = evidence.sent(
+                request, self._max_tokens(request, instance.id), exchange.expected_total, time.time()
+            )
             self.expectations.expect(exchange.key, exchange.estimate)
 
     def _unbook(self, exchange: Exchange) -> None:
@@ -305,7 +334,7 @@ class Dispatcher:
         instance = exchange.instance
         assert instance is not None
         if status != 429:
-            self.pool.failed(instance, f"answered {status}", self.loop.time(), refused=False)
+            self.pool.failed(instance, f"answered {status}", monotonic(), refused=False)
         others = [i for i in self._eligible(exchange) if i != instance.id]
         if not others or exchange.attempts > self.config.retries or not self.budget.withdraw():
             return False
@@ -315,7 +344,9 @@ class Dispatcher:
         self._again(exchange, f"status_{status}")
         return True
 
-    def failed_unanswered(self, exchange: Exchange, error: BlockError, *, stale_connection: bool, refused: bool = False) -> None:
+    def failed_unanswered(
+        self, exchange: Exchange, error: BlockError, *, stale_connection: bool, refused: bool = False
+    ) -> None:
         """Not a byte went to the client yet."""
         instance = exchange.instance
         assert instance is not None
@@ -323,11 +354,15 @@ class Dispatcher:
             exchange.resent = True
             exchange.connecting = self._spawn(self._connect(exchange, instance))
             return
-        self.pool.failed(instance, str(error), self.loop.time(), refused=refused)
+        self.pool.failed(instance, str(error), monotonic(), refused=refused)
         if refused or (exchange.attempts <= self.config.retries and self.budget.withdraw()):
             self._again(exchange, "refused" if refused else "broken")
             return
-        exchange.refuse(ClientError(502, f"The instance {instance.id} failed: {error}.", kind="server_error", code="instance_failed"))
+        exchange.refuse(
+            ClientError(
+                502, f"The instance {instance.id} failed: {error}.", kind="server_error", code="instance_failed"
+            )
+        )
 
     def _again(self, exchange: Exchange, reason: str) -> None:
         assert exchange.instance is not None
@@ -350,7 +385,7 @@ class Dispatcher:
             self.metrics.errors.labels(_code(error)).inc()
             if instance is not None and exchange.head_sent and not isinstance(error, ClientError):
                 self.metrics.broken.labels(instance.id).inc()
-                self.pool.failed(instance, str(error), self.loop.time(), refused=False)
+                self.pool.failed(instance, str(error), monotonic(), refused=False)
         elif instance is not None:
             if exchange.status < 500 and exchange.status != 429:
                 self.pool.succeeded(instance)
@@ -360,7 +395,7 @@ class Dispatcher:
                 self._learn(exchange, instance)
         self.decisions.finish(exchange, error)
         self._unbook(exchange)
-        self._finished.append(self.loop.time())
+        self._finished.append(monotonic())
         if self.queue:
             self.loop.call_soon(self._pull)
 
@@ -409,7 +444,7 @@ class Dispatcher:
 
     def sweep(self) -> None:
         """End what is overdue. Called a few times a second."""
-        now_s = self.loop.time()
+        now_s = monotonic()
         timeout_s, stall_s = self.config.request_timeout_s, self.config.body_timeout_s
         for exchange in [x for x in self.active if now_s - x.arrived_s > timeout_s]:
             exchange.timed_out()
@@ -418,8 +453,19 @@ class Dispatcher:
         while self.queue and (self.queue[0].over or now_s - self.queue[0].queued_s > self.config.queue_timeout_s):
             exchange = self.queue.popleft()
             if not exchange.over:
-                self._shed(exchange, "queue_timeout", "The request waited in the gateway's queue for as long as it may.")
+                self._shed(
+                    exchange, "queue_timeout", "The request waited in the gateway's queue for as long as it may."
+                )
         self._pull()
+
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """Connections being opened and predictors being asked."""
+        return list(self._tasks)
+
+    def forget(self, instance: InstanceId) -> None:
+        """An instance left."""
+        self.evidence.pop(instance, None)
+        self._bare.pop(instance, None)
 
     def _spawn(self, coroutine: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = self.loop.create_task(coroutine)

@@ -22,7 +22,16 @@ import numpy.typing as npt
 from block.core import InstanceId, LengthEstimate, Load, Request
 from block.errors import BadInputError, ConfigError
 from block.predict.snapshot import (
-    BLOCKS, COMPUTED, EXACT, FLAGS, MAX_TOKENS, OUTPUT, PROMPT, EngineSnapshot, decode, request_key,
+    BLOCKS,
+    COMPUTED,
+    EXACT,
+    FLAGS,
+    MAX_TOKENS,
+    OUTPUT,
+    PROMPT,
+    EngineSnapshot,
+    decode,
+    request_key,
 )  # fmt: skip
 
 REQUESTS_MAX: Final = 16384
@@ -97,7 +106,9 @@ class Expectations:
 class Evidence:
     """Of one instance. Fed by its ``Subscription`` (frames, curve), by dispatch (sent, ended); asked by decisions."""
 
-    def __init__(self, instance: InstanceId, expectations: Expectations, *, stale_after_s: float, unseen_after_s: float) -> None:
+    def __init__(
+        self, instance: InstanceId, expectations: Expectations, *, stale_after_s: float, unseen_after_s: float
+    ) -> None:
         self.instance = instance
         self.stale_after_s, self.unseen_after_s = stale_after_s, unseen_after_s
         self.snapshot: EngineSnapshot | None = None
@@ -204,7 +215,9 @@ class Evidence:
             running=running,
             waiting=waiting + len(unseen),
             in_flight=running + waiting + len(unseen),
-            waiting_tokens=int(waiting_rows.sum()) + int(header["waiting_tokens_beyond"]) + sum(u.prompt_tokens for u in unseen),
+            waiting_tokens=int(waiting_rows.sum())
+            + int(header["waiting_tokens_beyond"])
+            + sum(u.prompt_tokens for u in unseen),
             unprocessed_tokens=self._unprocessed,
             dispatched_last_minute=sent_last_minute,
             kv_blocks_free=snapshot.kv_blocks_free,
@@ -259,7 +272,9 @@ class Evidence:
             self._add(unseen)
 
     def _add(self, unseen: Unseen) -> None:
-        self._mirror.add(unseen.key, unseen.prompt_tokens, unseen.max_tokens, unseen.expected_total, unseen.dispatched_s)
+        self._mirror.add(
+            unseen.key, unseen.prompt_tokens, unseen.max_tokens, unseen.expected_total, unseen.dispatched_s
+        )
 
     def _tokens_to_compute(self, snapshot: EngineSnapshot) -> float:
         rows = snapshot.requests

@@ -65,10 +65,13 @@ class Exchange:
     def send_on(self, connection: UpstreamConnection, instance: Instance) -> None:
         """Write the request to an instance's connection."""
         self.connection = connection
-        extra = b"" if b"x-request-id" in self.http.fields else b"x-request-id: %b\r\n" % self.request.id.encode("latin-1")
-        self.sent_s = self.dispatcher.loop.time()
+        extra = (
+            b"" if b"x-request-id" in self.http.fields else b"x-request-id: %b\r\n" % self.request.id.encode("latin-1")
+        )
+        self.sent_s = monotonic()
         if not self.overhead_s:
             self.overhead_s = self.sent_s - self.arrived_s
+            self.dispatcher.metrics.overhead.observe(self.overhead_s)
         head = request_head(self.http, instance.host_header, extra, instance.prefix)
         connection.send(self, head, self.http.body)
 
@@ -77,7 +80,7 @@ class Exchange:
     def head_received(self, head: AnswerHead) -> None:
         instance, dispatcher = self.instance, self.dispatcher
         assert instance is not None
-        instance.last_byte_s = dispatcher.loop.time()
+        instance.last_byte_s = monotonic()
         self.status = head.status
         if head.status in RETRYABLE and dispatcher.declines(self, head.status):
             return
@@ -96,7 +99,11 @@ class Exchange:
         self.client.transport.write(answer_head(head.status, self._answer_lines(head, instance)))
 
     def _answer_lines(self, head: AnswerHead, instance: Instance) -> bytes:
-        lines = b"%bx-request-id: %b\r\n%b" % (b"".join(head.lines), self.request.id.encode("latin-1"), instance.header_lines)
+        lines = b"%bx-request-id: %b\r\n%b" % (
+            b"".join(head.lines),
+            self.request.id.encode("latin-1"),
+            instance.header_lines,
+        )
         if self.dispatcher.decision_headers:
             lines += b"x-block-overhead-ms: %.3f\r\n" % (self.overhead_s * 1e3)
             if self.prediction is not None:
@@ -111,7 +118,7 @@ class Exchange:
 
     def body_received(self, data: bytes) -> None:
         self.client.transport.write(data)
-        self.instance.last_byte_s = now_s = self.dispatcher.loop.time()  # type: ignore[union-attr]
+        self.instance.last_byte_s = now_s = monotonic()  # type: ignore[union-attr]
         if not self.first_byte_s:
             self.first_byte_s = now_s
         if self.sse:
@@ -120,7 +127,7 @@ class Exchange:
 
     def answer_ended(self) -> None:
         self.connection = None
-        self.answered_s = self.dispatcher.loop.time()
+        self.answered_s = monotonic()
         self.dispatcher.ended(self, None)
         self.client.exchange_ended(keep_alive=self.keep_alive)
 
@@ -130,7 +137,11 @@ class Exchange:
         if not self.head_sent:
             self.dispatcher.failed_unanswered(self, error, stale_connection=stale)
             return
-        self.break_off(f"The instance broke off its answer: {error}.", "instance_failed", aligned=connection is None or connection.aligned)
+        self.break_off(
+            f"The instance broke off its answer: {error}.",
+            "instance_failed",
+            aligned=connection is None or connection.aligned,
+        )
         self.dispatcher.ended(self, error)
 
     # Towards the client
@@ -154,7 +165,9 @@ class Exchange:
         """The request's deadline passed."""
         aligned = self.connection is None or self.connection.aligned
         self._drop_connection()
-        error = ClientError(504, "The request took longer than this gateway allows.", kind="timeout_error", code="timeout")
+        error = ClientError(
+            504, "The request took longer than this gateway allows.", kind="timeout_error", code="timeout"
+        )
         if self.head_sent:
             self.dispatcher.ended(self, error)
             self.break_off(error.message, "timeout", aligned=aligned)
@@ -169,7 +182,7 @@ class Exchange:
         self.dispatcher.abandoned(self)
 
     def client_paused(self) -> None:
-        self.paused_s = self.dispatcher.loop.time()
+        self.paused_s = monotonic()
         if self.connection is not None:
             self.connection.pause()
 

@@ -19,7 +19,6 @@ from block.gateway.pool import Instance, Pool, State
 
 MODELS_EVERY_S: Final = 30.0
 DOWN_CHECK_S: Final = 0.5
-FIRST_CHECK_S: Final = 0.2
 
 log = logging.getLogger("block.gateway")
 
@@ -37,7 +36,9 @@ class ModelEntry(msgspec.Struct):
 class HealthChecks:
     """Checks one instance over and over."""
 
-    def __init__(self, instance: Instance, pool: Pool, session: aiohttp.ClientSession, config: GatewayConfig, rng: Random) -> None:
+    def __init__(
+        self, instance: Instance, pool: Pool, session: aiohttp.ClientSession, config: GatewayConfig, rng: Random
+    ) -> None:
         self._instance, self._pool, self._session, self._config, self._rng = instance, pool, session, config, rng
         self._models_at_s = -MODELS_EVERY_S
         self._probing = False
@@ -48,12 +49,16 @@ class HealthChecks:
         while True:
             await self.check()
             state = self._instance.state
-            pause_s = self._config.health_check_interval_s if state is State.READY else min(DOWN_CHECK_S, self._config.health_check_interval_s)
+            pause_s = (
+                self._config.health_check_interval_s
+                if state is State.READY
+                else min(DOWN_CHECK_S, self._config.health_check_interval_s)
+            )
             await asyncio.sleep(pause_s * (0.9 + 0.2 * self._rng.random()))
 
     async def check(self) -> None:
         """One health check and, now and then, the list of models."""
-        instance, now_s = self._instance, asyncio.get_running_loop().time()
+        instance, now_s = self._instance, monotonic()
         problem = await self._ask_health(self._config.health_check_timeout_s)
         wants_models = instance.state is not State.READY or now_s - self._models_at_s >= MODELS_EVERY_S
         if problem is None and wants_models:
@@ -109,7 +114,9 @@ class HealthChecks:
         """(status, body, problem)."""
         url = f"{self._instance.config.url.rstrip('/')}{path}"
         try:
-            async with self._session.get(url, timeout=aiohttp.ClientTimeout(total=timeout_s), allow_redirects=False) as answer:
+            async with self._session.get(
+                url, timeout=aiohttp.ClientTimeout(total=timeout_s), allow_redirects=False
+            ) as answer:
                 return answer.status, await answer.content.read(1 << 20), None
         except TimeoutError:
             return 0, b"", f"did not answer within {timeout_s:g} s"
@@ -122,7 +129,9 @@ class HealthChecks:
 class HangWatch:
     """Looks at all instances every tenth of a second; says who is suspect."""
 
-    def __init__(self, pool: Pool, evidence: dict[str, Evidence], checks: dict[str, HealthChecks], hang_after_s: float) -> None:
+    def __init__(
+        self, pool: Pool, evidence: dict[str, Evidence], checks: dict[str, HealthChecks], hang_after_s: float
+    ) -> None:
         self._pool, self._evidence, self._checks, self._hang_after_s = pool, evidence, checks, hang_after_s
         self._probes: set[asyncio.Task[None]] = set()
 
@@ -134,13 +143,19 @@ class HangWatch:
             if instance.state is not State.READY:
                 continue
             silent_s = now_s - instance.last_byte_s
-            moved = instance.in_flight == 0 or silent_s < self._hang_after_s
+            moved = silent_s < self._hang_after_s
             stuck = self._stuck(instance, silent_s, wall_s)
             if stuck is not None:
                 self._pool.set_suspect(instance, stuck)
-            elif instance.suspect is not None and moved:
-                self._pool.set_suspect(instance, None)
-            elif not moved and instance.suspect is None and instance.streaming == 0 and instance.id in self._checks:
+            elif instance.suspect is not None and instance.in_flight and moved:
+                self._pool.set_suspect(instance, None)  # without requests in flight, a health check says it
+            elif (
+                instance.in_flight
+                and not moved
+                and instance.suspect is None
+                and instance.streaming == 0
+                and instance.id in self._checks
+            ):
                 self._probe(instance)
 
     def _stuck(self, instance: Instance, silent_s: float, wall_s: float) -> str | None:

@@ -255,7 +255,18 @@ class AnswerReader:
     who would take them for the next answer.
     """
 
-    __slots__ = ("_bodiless", "_buffer", "_complete", "_fields", "_in_chunk", "_lines", "_parser", "_remaining", "aligned", "head")
+    __slots__ = (
+        "_bodiless",
+        "_buffer",
+        "_complete",
+        "_fields",
+        "_in_chunk",
+        "_lines",
+        "_parser",
+        "_remaining",
+        "aligned",
+        "head",
+    )
 
     HEAD_BYTES_MAX: Final = 65536
 

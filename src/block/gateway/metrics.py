@@ -37,37 +37,139 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         n = "block_"  # fmt: off
         self.requests = Counter(n + "request_total", "Requests taken in.", ["model"], registry=registry)
-        self.errors = Counter(n + "request_error_total", "Requests that ended in an error, by its code.", ["code"], registry=registry)
-        self.duration = Histogram(n + "request_duration_seconds", "From the request's last byte to the answer's last byte.", ["model"], buckets=_LATENCY, registry=registry)
-        self.ttft = Histogram(n + "request_ttft_seconds", "From the request's last byte to the first byte of a streamed answer.", ["model"], buckets=_LATENCY, registry=registry)
-        self.tpot = Histogram(n + "request_streaming_tpot_seconds", "Seconds per output token after the first.", ["model"], buckets=(0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1), registry=registry)
-        self.predicted_ttft = Histogram(n + "request_predicted_ttft_seconds", "Predicted TTFT on the chosen instance.", ["model"], buckets=_LATENCY, registry=registry)
-        self.prediction_error = Histogram(n + "prediction_error_ratio", "Measured over predicted TTFT of streamed answers.", ["model"], buckets=_RATIO, registry=registry)
-        self.prompt_tokens = Counter(n + "request_prompt_tokens_total", "Prompt tokens, as estimated or told by usage.", ["model"], registry=registry)
-        self.output_tokens = Counter(n + "request_output_tokens_total", "Output tokens seen.", ["model"], registry=registry)
-        self.slo_violations = Counter(n + "request_slo_violation_total", "Requests that missed a target they asked for.", ["type"], registry=registry)
-        self.predict_time = Histogram(n + "request_ttft_prediction_duration_seconds", "Time to predict all candidates of a request.", buckets=_SHORT, registry=registry)
-        self.decision_time = Histogram(n + "scheduler_e2e_duration_seconds", "Time to decide where a request goes.", buckets=_SHORT, registry=registry)
-        self.overhead = Histogram(n + "router_overhead_seconds", "From a request's last byte to its being sent on, queueing included.", buckets=_SHORT, registry=registry)
-        self.queue_time = Histogram(n + "flow_control_request_queue_duration_seconds", "Time in the gateway's queue of requests that queued.", buckets=_LATENCY, registry=registry)
+        self.errors = Counter(
+            n + "request_error_total", "Requests that ended in an error, by its code.", ["code"], registry=registry
+        )
+        self.duration = Histogram(
+            n + "request_duration_seconds",
+            "From the request's last byte to the answer's last byte.",
+            ["model"],
+            buckets=_LATENCY,
+            registry=registry,
+        )
+        self.ttft = Histogram(
+            n + "request_ttft_seconds",
+            "From the request's last byte to the first byte of a streamed answer.",
+            ["model"],
+            buckets=_LATENCY,
+            registry=registry,
+        )
+        self.tpot = Histogram(
+            n + "request_streaming_tpot_seconds",
+            "Seconds per output token after the first.",
+            ["model"],
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1),
+            registry=registry,
+        )
+        self.predicted_ttft = Histogram(
+            n + "request_predicted_ttft_seconds",
+            "Predicted TTFT on the chosen instance.",
+            ["model"],
+            buckets=_LATENCY,
+            registry=registry,
+        )
+        self.prediction_error = Histogram(
+            n + "prediction_error_ratio",
+            "Measured over predicted TTFT of streamed answers.",
+            ["model"],
+            buckets=_RATIO,
+            registry=registry,
+        )
+        self.prompt_tokens = Counter(
+            n + "request_prompt_tokens_total",
+            "Prompt tokens, as estimated or told by usage.",
+            ["model"],
+            registry=registry,
+        )
+        self.output_tokens = Counter(
+            n + "request_output_tokens_total", "Output tokens seen.", ["model"], registry=registry
+        )
+        self.slo_violations = Counter(
+            n + "request_slo_violation_total",
+            "Requests that missed a target they asked for.",
+            ["type"],
+            registry=registry,
+        )
+        self.predict_time = Histogram(
+            n + "request_ttft_prediction_duration_seconds",
+            "Time to predict all candidates of a request.",
+            buckets=_SHORT,
+            registry=registry,
+        )
+        self.decision_time = Histogram(
+            n + "scheduler_e2e_duration_seconds",
+            "Time to decide where a request goes.",
+            buckets=_SHORT,
+            registry=registry,
+        )
+        self.overhead = Histogram(
+            n + "router_overhead_seconds",
+            "From a request's last byte to its being sent on, queueing included.",
+            buckets=_SHORT,
+            registry=registry,
+        )
+        self.queue_time = Histogram(
+            n + "flow_control_request_queue_duration_seconds",
+            "Time in the gateway's queue of requests that queued.",
+            buckets=_LATENCY,
+            registry=registry,
+        )
         self.queue_size = Gauge(n + "flow_control_queue_size", "Requests in the gateway's queue.", registry=registry)
-        self.rejected = Counter(n + "flow_control_rejected_total", "Requests answered 429, by reason.", ["reason"], registry=registry)
-        self.fallbacks = Counter(n + "fallback_total", "Decisions on coarser evidence than the policy needs, by kind.", ["reason"], registry=registry)
-        self.evidence_missing = Counter(n + "evidence_missing_total", "Candidates whose predictor gave no usable evidence for a decision.", ["endpoint"], registry=registry)
-        self.stale = Gauge(n + "prediction_stale_seconds", "Since an instance's predictor last said something.", ["endpoint"], registry=registry)
-        self.retries = Counter(n + "worker_retries_total", "Requests sent again elsewhere, by reason.", ["reason"], registry=registry)
-        self.broken = Counter(n + "stream_broken_total", "Answers that broke after they had begun.", ["endpoint"], registry=registry)
-        self.disconnects = Counter(n + "client_disconnect_total", "Clients that left before their answer was whole.", registry=registry)
+        self.rejected = Counter(
+            n + "flow_control_rejected_total", "Requests answered 429, by reason.", ["reason"], registry=registry
+        )
+        self.fallbacks = Counter(
+            n + "fallback_total",
+            "Decisions on coarser evidence than the policy needs, by kind.",
+            ["reason"],
+            registry=registry,
+        )
+        self.evidence_missing = Counter(
+            n + "evidence_missing_total",
+            "Candidates whose predictor gave no usable evidence for a decision.",
+            ["endpoint"],
+            registry=registry,
+        )
+        self.stale = Gauge(
+            n + "prediction_stale_seconds",
+            "Since an instance's predictor last said something.",
+            ["endpoint"],
+            registry=registry,
+        )
+        self.retries = Counter(
+            n + "worker_retries_total", "Requests sent again elsewhere, by reason.", ["reason"], registry=registry
+        )
+        self.broken = Counter(
+            n + "stream_broken_total", "Answers that broke after they had begun.", ["endpoint"], registry=registry
+        )
+        self.disconnects = Counter(
+            n + "client_disconnect_total", "Clients that left before their answer was whole.", registry=registry
+        )
         self.ready = Gauge(n + "ready_endpoints", "Instances that may get requests.", registry=registry)
         self.health = Gauge(n + "worker_health", "1: ready; 0: not.", ["endpoint"], registry=registry)
-        self.circuit = Gauge(n + "worker_cb_state", "Circuit: 0 closed, 1 open, 2 on trial.", ["endpoint"], registry=registry)
+        self.circuit = Gauge(
+            n + "worker_cb_state", "Circuit: 0 closed, 1 open, 2 on trial.", ["endpoint"], registry=registry
+        )
         self.suspect = Gauge(n + "worker_suspect", "1: bytes are due and do not come.", ["endpoint"], registry=registry)
         self.in_flight = Gauge(n + "inflight_requests", "Requests at an instance.", ["endpoint"], registry=registry)
-        self.in_flight_tokens = Gauge(n + "inflight_tokens", "Prompt and expected output tokens of requests at an instance.", ["endpoint"], registry=registry)
-        self.unseen = Gauge(n + "unseen_requests", "Dispatched requests that no snapshot shows yet.", ["endpoint"], registry=registry)
-        self.sent = Counter(n + "worker_requests_total", "Requests sent to an instance.", ["endpoint"], registry=registry)
-        self.loop_delay = Histogram(n + "event_loop_delay_seconds", "How late the event loop ran a timer.", buckets=_SHORT, registry=registry)
-        self.reloads = Counter(n + "config_reload_total", "Configuration reloads by result.", ["result"], registry=registry)
+        self.in_flight_tokens = Gauge(
+            n + "inflight_tokens",
+            "Prompt and expected output tokens of requests at an instance.",
+            ["endpoint"],
+            registry=registry,
+        )
+        self.unseen = Gauge(
+            n + "unseen_requests", "Dispatched requests that no snapshot shows yet.", ["endpoint"], registry=registry
+        )
+        self.sent = Counter(
+            n + "worker_requests_total", "Requests sent to an instance.", ["endpoint"], registry=registry
+        )
+        self.loop_delay = Histogram(
+            n + "event_loop_delay_seconds", "How late the event loop ran a timer.", buckets=_SHORT, registry=registry
+        )
+        self.reloads = Counter(
+            n + "config_reload_total", "Configuration reloads by result.", ["result"], registry=registry
+        )
         self.connections = Gauge(n + "client_connections", "Open client connections.", registry=registry)
         info = Gauge(n + "info", "Version and policy.", ["version", "policy"], registry=registry)
         self.set_policy = lambda policy: (info.clear(), info.labels(__version__, policy).set(1))

@@ -71,7 +71,11 @@ def read_body(body: bytes) -> Body:
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at ")
         param = where.strip("`").removeprefix("$.") or None
-        raise ClientError(400, f"The request is not valid: {what[:1].lower()}{what[1:]}{f' in {param!r}' if param else ''}.", param=param) from None
+        raise ClientError(
+            400,
+            f"The request is not valid: {what[:1].lower()}{what[1:]}{f' in {param!r}' if param else ''}.",
+            param=param,
+        ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ClientError(400, f"The request body is not valid JSON: {error}.", code="invalid_json") from None
 
@@ -148,7 +152,12 @@ def as_request(
     model = body.model or ""
     fields = http.fields
     slo = None
-    if b"x-slo-ttft-ms" in fields or b"x-slo-tpot-ms" in fields or b"x-slo-e2e-ms" in fields or any(k.startswith(b"x-llm-d-slo") for k in fields):
+    if (
+        b"x-slo-ttft-ms" in fields
+        or b"x-slo-tpot-ms" in fields
+        or b"x-slo-e2e-ms" in fields
+        or any(k.startswith(b"x-llm-d-slo") for k in fields)
+    ):
         slo = _slo(http)
     request = Request(
         id=request_id,
@@ -178,7 +187,9 @@ def _slo(http: HttpRequest) -> Slo:
                 milliseconds = -1.0
             if not 0 < milliseconds < 1e9:
                 header = name.decode()
-                raise ClientError(400, f"The header {header} must be a positive number of milliseconds, not {text!r}.", param=header)
+                raise ClientError(
+                    400, f"The header {header} must be a positive number of milliseconds, not {text!r}.", param=header
+                )
             targets[field] = milliseconds / 1e3
             break
     return Slo(**targets)

@@ -139,7 +139,11 @@ class Pool:
         return found
 
     def _find(self, model: str) -> tuple[InstanceId, ...]:
-        able = [i for i in self.instances.values() if self._serves(i, model) and i.in_flight < i.limit() and not i.circuit_open_until_s]
+        able = [
+            i
+            for i in self.instances.values()
+            if self._serves(i, model) and i.in_flight < i.limit() and not i.circuit_open_until_s
+        ]
         for kind in (
             [i for i in able if i.state is State.READY and not i.suspect],
             [i for i in able if i.state is State.READY],
@@ -147,7 +151,11 @@ class Pool:
         ):
             if kind:
                 return tuple(i.id for i in kind)
-        broken = [i for i in self.instances.values() if self._serves(i, model) and i.state is State.READY and i.in_flight < i.limit()]
+        broken = [
+            i
+            for i in self.instances.values()
+            if self._serves(i, model) and i.state is State.READY and i.in_flight < i.limit()
+        ]
         return tuple(i.id for i in broken)  # every circuit is open: rather try than refuse
 
     @staticmethod
@@ -213,6 +221,8 @@ class Pool:
     def up(self, instance: Instance) -> None:
         """A health check succeeded."""
         instance.check_failures = 0
+        if instance.suspect and instance.in_flight == 0:
+            self.set_suspect(instance, None)
         if instance.state is State.DRAINING or instance.state is State.READY:
             return
         returned = instance.state is State.DOWN
@@ -241,8 +251,10 @@ class Pool:
             self._eligible.clear()
 
     def set_suspect(self, instance: Instance, reason: str | None) -> None:
-        """New requests go elsewhere while there is an elsewhere."""
+        """New requests go elsewhere while there is an elsewhere. ``None``: it moves again, and comes back on trial."""
         if instance.suspect != reason:
+            if reason is None and instance.trial is None:
+                instance.trial = instance.in_flight + TRIAL_START
             instance.suspect = reason
             self._eligible.clear()
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from block.errors import ClientError
 from block.gateway.http1 import CONTINUE, HttpRequest, ProtocolError, RequestReader, whole_answer
@@ -34,17 +34,21 @@ class ClientConnection(asyncio.Protocol):
         self.exchange: Exchange | None = None
         self.http: HttpRequest | None = None
         """The request being answered."""
-        self.since_s = app.loop.time()
+        self.since_s = monotonic()
         """When the current state began: idle, or a request coming in."""
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)
         set_nodelay(transport)
         if not self._app.opened(self):
             self._closing = True
-            error = ClientError(503, "The gateway has as many connections as it takes.", kind="server_error", code="too_many_connections")
+            error = ClientError(
+                503,
+                "The gateway has as many connections as it takes.",
+                kind="server_error",
+                code="too_many_connections",
+            )
             transport.write(error_answer(error, keep_alive=False))
             transport.close()
 
@@ -52,7 +56,7 @@ class ClientConnection(asyncio.Protocol):
         if self._closing:
             return
         if self.reader.between:
-            self.since_s = self._app.loop.time()
+            self.since_s = monotonic()
         try:
             self.reader.feed(data)
         except ProtocolError as error:
@@ -102,7 +106,7 @@ class ClientConnection(asyncio.Protocol):
             self._waiting.clear()
             self.transport.close()
             return
-        self.since_s = self._app.loop.time()
+        self.since_s = monotonic()
         if self._waiting:
             self._app.loop.call_soon(self._next)
         elif self._broken is not None:
@@ -142,7 +146,13 @@ class ClientConnection(asyncio.Protocol):
         if self.http is not None:
             return False
         config = self._app.config
-        limit_s = config.idle_timeout_s if self.reader.between else config.header_timeout_s if self.reader.in_head else config.body_timeout_s
+        limit_s = (
+            config.idle_timeout_s
+            if self.reader.between
+            else config.header_timeout_s
+            if self.reader.in_head
+            else config.body_timeout_s
+        )
         return now_s - self.since_s > limit_s
 
     def time_out(self) -> None:
@@ -164,4 +174,6 @@ class ClientConnection(asyncio.Protocol):
 
 def error_answer(error: ClientError, *, keep_alive: bool) -> bytes:
     """A whole answer with OpenAI's error object."""
-    return whole_answer(error.status, error_object(error.message, error.kind, error.code, error.param), JSON, keep_alive=keep_alive)
+    return whole_answer(
+        error.status, error_object(error.message, error.kind, error.code, error.param), JSON, keep_alive=keep_alive
+    )

@@ -31,7 +31,13 @@ class RemotePredictors:
         url = f"{instance.config.predictor.rstrip('/')}/predict"
         headers = {"content-type": "application/json"}
         try:
-            async with self._session.post(url, data=body, headers=headers, timeout=aiohttp.ClientTimeout(total=self._timeout_s)) as answer:
-                return msgspec.json.decode(await answer.content.read(65536), type=Prediction) if answer.status == 200 else None
+            async with self._session.post(
+                url, data=body, headers=headers, timeout=aiohttp.ClientTimeout(total=self._timeout_s)
+            ) as answer:
+                return (
+                    msgspec.json.decode(await answer.content.read(65536), type=Prediction)
+                    if answer.status == 200
+                    else None
+                )
         except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError, ValueError):
             return None

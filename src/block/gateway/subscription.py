@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -28,8 +28,6 @@ RETRY_LAST_S: Final = 2.0
 log = logging.getLogger("block.gateway")
 
 
-
-
 class SnapshotStream(asyncio.Protocol):
     """The client side of ``GET /snapshots``. ``closed`` is done, with a reason, when the stream is over."""
 
@@ -39,25 +37,26 @@ class SnapshotStream(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._buffer = bytearray()
         self._watch: asyncio.TimerHandle | None = None
-        self._heard_s = self._loop.time()
+        self._heard_s = monotonic()
         self.closed: asyncio.Future[str] = self._loop.create_future()
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)
         set_nodelay(transport)
-        transport.write(f"GET {self._path} HTTP/1.1\r\nhost: {self._host}\r\naccept: application/octet-stream\r\n\r\n".encode())
+        transport.write(
+            f"GET {self._path} HTTP/1.1\r\nhost: {self._host}\r\naccept: application/octet-stream\r\n\r\n".encode()
+        )
         self._look()
 
     def _look(self) -> None:
-        if self._loop.time() - self._heard_s > self._silent_after_s:
+        if monotonic() - self._heard_s > self._silent_after_s:
             self._end("said nothing")
             return
         self._watch = self._loop.call_later(self._silent_after_s, self._look)
 
     def data_received(self, data: bytes) -> None:
-        self._heard_s = self._loop.time()
+        self._heard_s = monotonic()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -178,5 +177,3 @@ def _curve_of(body: bytes) -> Any:
     if not isinstance(scale, int | float) or not 0.01 < scale < 100:
         raise ValueError(f"a scale of {scale!r}")
     return msgspec.convert(fields, StepTimeProfile).curve(float(scale))
-
-

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections import deque
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from block.errors import InstanceUnreachableError, StreamBrokenError
 from block.gateway.http1 import AnswerHead, AnswerReader
@@ -43,8 +43,7 @@ class UpstreamConnection(asyncio.Protocol):
         """What the receiver got so far ends where a chunk ends."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)
         set_nodelay(transport)
 
     def send(self, receiver: Receiver, head: bytes, body: bytes) -> None:
@@ -96,7 +95,9 @@ class UpstreamConnection(asyncio.Protocol):
         if self._held:
             data, self._held = self._held + data, b""
         if not reader.aligned and not whole and len(data) < HELD_BYTES_MAX:
-            self._held = data  # half a chunk is half an event: of no use to the client, and in the way of an error event
+            self._held = (
+                data  # half a chunk is half an event: of no use to the client, and in the way of an error event
+            )
             return
         self.aligned = reader.aligned
         receiver.body_received(data)

@@ -129,10 +129,9 @@ class DistributionBank:
             raise ValueError("sampled lengths need an rng")
         return self.quantiles(rng.random(len(rows)), rows, generated, caps)
 
-    def cdf(self, row: int, x: Ints) -> Floats:
-        """P(T <= x) of one row, for scores and pictures. ``x``: (n,) tokens below ``TOKENS_MAX``."""
-        below: Floats = 1.0 - self._at(np.full(len(x), row, dtype=np.int32), np.minimum(x, _LAST))[0]
-        return below
+    def above(self, row: int, x: Ints) -> Floats:
+        """P(T > x) of one row, for scores and pictures. ``x``: (n,) whole tokens."""
+        return self._at(np.full(len(x), row, dtype=np.int32), np.minimum(x, _LAST))[0]
 
     def _at_one(self, row: int, x: int) -> tuple[float, float]:
         b = BUCKET.item(x)

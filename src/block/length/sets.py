@@ -45,7 +45,15 @@ def _read(path: Path, model: str) -> Iterator[Record]:
             yield from _archive(path)
         else:
             yield from _file(path, model)
-    except (OSError, EOFError, tarfile.TarError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (
+        OSError,
+        EOFError,
+        tarfile.TarError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        KeyError,
+        TypeError,
+    ) as error:
         raise BadInputError(f"{path} cannot be read as a set of prompts and answers: {error!r}.") from error
 
 

@@ -59,7 +59,16 @@ def print_whatif(timings: list[Timing], as_json: bool) -> None:
     from rich.table import Table
 
     table = Table(title=f"one what-if, microseconds ({'compiled' if compiled else 'not compiled'})")
-    for column in ("scenario", "running", "waiting", "median", "P99", "with decoding", "per instance of 12", "preemptions"):
+    for column in (
+        "scenario",
+        "running",
+        "waiting",
+        "median",
+        "P99",
+        "with decoding",
+        "per instance of 12",
+        "preemptions",
+    ):
         table.add_column(column, justify="left" if column == "scenario" else "right")
     for t in timings:
         table.add_row(
@@ -115,7 +124,9 @@ def _times_us(work: "object", seconds: float) -> "np.ndarray[tuple[int], np.dtyp
     return np.array(times) / 1e3
 
 
-def _random_snapshot(limits: EngineLimits, running: int, waiting: int, seed: int) -> tuple[bytes, "np.ndarray[tuple[int], np.dtype[np.int32]]"]:
+def _random_snapshot(
+    limits: EngineLimits, running: int, waiting: int, seed: int
+) -> tuple[bytes, "np.ndarray[tuple[int], np.dtype[np.int32]]"]:
     """ShareGPT-like requests, the running ones 1-200 tokens into their answers with 200-500 to go, within the blocks."""
     rng = np.random.default_rng(seed)
     while True:

@@ -1,7 +1,7 @@
 """The engine model's state as a snapshot, as the vLLM plugin would publish it.
 
-Only what a scheduler knows goes in (law L7): ``MAX_TOKENS`` is the client's bound, and when a sequence will really stop is
-never read here. Requests still on their way to the scheduler's queue are not in a snapshot, as in vLLM.
+Only what a scheduler knows goes in (law L7): ``MAX_TOKENS`` is the client's bound, and when a sequence will really
+stop is never read here. Requests still on their way to the scheduler's queue are not in a snapshot, as in vLLM.
 """
 
 import struct
@@ -58,8 +58,8 @@ class Recorder:
     ) -> bytes:
         """One encoded snapshot.
 
-        ``now_s`` is the engine's time, ``wall_offset_s`` what makes it the wall clock's; ``exact`` holds the keys of the
-        requests whose output the client fixed. Grows the snapshot's sequence number.
+        ``now_s`` is the engine's time, ``wall_offset_s`` what makes it the wall clock's; ``exact`` holds the keys of
+        the requests whose output the client fixed. Grows the snapshot's sequence number.
         """
         engine = self._engine
         scheduler = engine.scheduler
@@ -139,7 +139,9 @@ def _rows(sequences: list[Any], keys: list[int], flights: list[Flight], exact: C
     return rows
 
 
-assert (COMPUTED, BATCH_1, BATCH_2, FLAGS, FIELDS) == (2, 5, 6, 10, 12), "_rows lists the fields in the snapshot's order"
+assert (COMPUTED, BATCH_1, BATCH_2, FLAGS, FIELDS) == (2, 5, 6, 10, 12), (
+    "_rows lists the fields in the snapshot's order"
+)
 
 
 def size_max(limits: EngineLimits, cached_blocks: bool = False, waiting_max: int = WAITING_MAX) -> int:
@@ -150,7 +152,7 @@ def size_max(limits: EngineLimits, cached_blocks: bool = False, waiting_max: int
 
 
 def cached_keys(engine: Engine) -> npt.NDArray[np.uint64] | None:
-    """Content keys of the findable prefix-cache blocks (those that are known by content), ``None`` without prefix caching."""
+    """Content keys of the findable prefix-cache blocks, ``None`` without prefix caching."""
     pool = engine.scheduler.pool
     if pool is None:
         return None

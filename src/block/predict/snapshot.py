@@ -24,7 +24,9 @@ VERSION: Final = 1
 # Rows of ``requests``. COMPUTED and PLACEHOLDERS include the batches in flight, OUTPUT does not.
 # BATCH_1 / BATCH_2: tokens of the request in the older / newer batch in flight. STALE: of a preempted request, tokens
 # still in flight. BLOCKS: KV blocks held.
-PROMPT, MAX_TOKENS, COMPUTED, OUTPUT, PLACEHOLDERS, BATCH_1, BATCH_2, STALE, BLOCKS, PRIORITY, FLAGS, PREEMPTIONS = range(12)
+PROMPT, MAX_TOKENS, COMPUTED, OUTPUT, PLACEHOLDERS, BATCH_1, BATCH_2, STALE, BLOCKS, PRIORITY, FLAGS, PREEMPTIONS = (
+    range(12)
+)
 FIELDS: Final = 12
 
 EXACT: Final = 1  # FLAGS: the client fixed the output at max_tokens (ignore_eos)
@@ -115,7 +117,14 @@ def header_of(limits: EngineLimits) -> Any:
         + PRIORITY_POLICY * (limits.policy == "priority")
         + RESERVE_FULL * limits.scheduler_reserve_full_isl
     )
-    for name in ("num_gpu_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "long_prefill_token_threshold"):
+    for name in (
+        "num_gpu_blocks",
+        "block_size",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "max_model_len",
+        "long_prefill_token_threshold",
+    ):
         header[name] = getattr(limits, name)
     header["watermark_permille"] = round(limits.watermark * 1000)
     return header
@@ -171,7 +180,9 @@ def decode(buffer: bytes | bytearray | memoryview, limits: EngineLimits | None =
     if header["magic"] != MAGIC:
         raise BadInputError("This is not an engine snapshot.")
     if header["version"] != VERSION:
-        raise BadInputError(f"Snapshot version {header['version']} is not {VERSION}: run the same Block version on both sides.")
+        raise BadInputError(
+            f"Snapshot version {header['version']} is not {VERSION}: run the same Block version on both sides."
+        )
     n = int(header["running"]) + int(header["waiting"])
     steps, cached = int(header["steps"]), int(header["cached"])
     if min(int(header["running"]), int(header["waiting"]), steps, cached) < 0:

@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from block.core import Prediction, Request
-from block.engine.kernel import FastEngine, ask_all
+from block.engine.ask import ask_all
+from block.engine.kernel import FastEngine
 from block.engine.limits import EngineLimits
+from block.engine.resume import restore
 from block.predict.snapshot import COMPUTED, FIELDS, MAX_TOKENS, PROMPT, EngineSnapshot
 from block.steptime.curve import StepCurve
 
@@ -60,8 +62,8 @@ class Mirror:
         if self.engine is None or self._limits != snapshot.limits:
             self.engine = FastEngine(snapshot.limits, self.curve, capacity=max(64, 2 * count))
             self._limits = snapshot.limits
-        self.engine.restore(
-            requests, totals, hits, int(header["running"]), int(header["kv_blocks_free"]), float(header["taken_s"]),
+        restore(
+            self.engine, requests, totals, hits, int(header["running"]), int(header["kv_blocks_free"]), float(header["taken_s"]),
             int(header["batches_in_flight"]), float(header["batch_1_started_s"]), float(header["newest_scheduled_s"]),
         )  # fmt: skip
         self.taken_s = float(header["taken_s"])
@@ -94,7 +96,20 @@ def ask(
     if hits is None:
         hits = _NO_HITS[: len(mirrors)] if len(mirrors) <= len(_NO_HITS) else np.zeros(len(mirrors), np.int32)
     input_s = mirrors[0].input_s if mirrors else 0.0
-    ask_all(engines, scratch, prompt_tokens, max_tokens, totals, hits, priority, now_s + input_s, horizon_s, False, harm, out)
+    ask_all(
+        engines,
+        scratch,
+        prompt_tokens,
+        max_tokens,
+        totals,
+        hits,
+        priority,
+        now_s + input_s,
+        horizon_s,
+        False,
+        harm,
+        out,
+    )
     for row, mirror in zip(out, mirrors, strict=True):
         row[0] += input_s
         row[1] += input_s + mirror.output_s
@@ -131,9 +146,7 @@ class Oracle:
             now_s=now_s, hits=hits, priority=priority, horizon_s=horizon_s, harm=harm,
         ).tolist()  # fmt: skip
         expected = output_tokens if isinstance(output_tokens, int) else sum(output_tokens) / len(output_tokens)
-        return [
-            _prediction(row, expected, harm, now_s - m.taken_s) for row, m in zip(rows, mirrors, strict=True)
-        ]
+        return [_prediction(row, expected, harm, now_s - m.taken_s) for row, m in zip(rows, mirrors, strict=True)]
 
 
 def predict_all(

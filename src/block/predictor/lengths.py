@@ -1,9 +1,11 @@
 """How long an engine's requests will be, learned from watching them leave.
 
-A predictor sees no text. A request that was running in one snapshot and is gone in the next has, within a token or two, the
-length that it then had; those lengths make a running history, and each running request's total is expected from it, given
-what it has generated. A length that the client fixed is what it is.
+A predictor sees no text. A request that was running in one snapshot and is gone in the next has, within a token or
+two, the length that it then had; those lengths make a running history, and each running request's total is expected
+from it, given what it has generated. A length that the client fixed is what it is.
 """
+
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +35,11 @@ class LengthHistory:
         present = {
             key: (tokens, most)
             for key, tokens, most, exact in zip(
-                snapshot.keys.tolist(), output.tolist(), rows[MAX_TOKENS].tolist(), (flags & EXACT).tolist(), strict=True
+                snapshot.keys.tolist(),
+                output.tolist(),
+                rows[MAX_TOKENS].tolist(),
+                (flags & EXACT).tolist(),
+                strict=True,
             )
             if not exact
         }
@@ -52,7 +58,8 @@ class LengthHistory:
         row = self._estimator.estimate(_unknown(None)).row
         guess = self._estimator.bank.expected_totals(np.full(len(cap), row, np.int32), generated, cap)
         totals = np.where(rows[FLAGS] & EXACT, cap, np.minimum(guess, cap))
-        return np.maximum(totals, generated + 1).astype(np.int32)
+        above: Ints = np.maximum(totals, generated + 1).astype(np.int32)
+        return above
 
     def scenarios(self, max_tokens: int) -> list[int]:
         """Equally likely total lengths of a request of which nothing else is known."""
@@ -67,7 +74,7 @@ def scenarios_of(quantiles: list[tuple[float, int]], max_tokens: int) -> list[in
         ValueError: they do not rise.
     """
     qs, tokens = [q for q, _ in quantiles], [t for _, t in quantiles]
-    if any(b <= a for a, b in zip(qs, qs[1:], strict=False)) or any(b < a for a, b in zip(tokens, tokens[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(qs)) or any(b < a for a, b in pairwise(tokens)):
         raise ValueError("quantiles must rise")
     middles = (np.arange(SCENARIOS) + 0.5) / SCENARIOS
     return [min(max(1, round(t)), max_tokens) for t in np.interp(middles, qs, tokens).tolist()]

@@ -1,4 +1,4 @@
-"""Whether the what-if can be trusted: on an idle and on a busy engine it must say what the step-by-step model then does."""
+"""Whether the what-if can be trusted: on an idle and a busy engine it must say what the step by step model does."""
 
 import time
 
@@ -36,7 +36,7 @@ def self_test(profile: StepTimeProfile) -> str | None:
         ):
             if not abs(predicted_s - happened_s) <= TOLERANCE * happened_s:
                 return (
-                    f"with {others} other requests the what-if says a {what} of {predicted_s:.4f} s and the engine model "
-                    f"{happened_s:.4f} s"
+                    f"with {others} other requests the what-if says a {what} of {predicted_s:.4f} s and the engine "
+                    f"model {happened_s:.4f} s"
                 )
     return None if time.perf_counter() - started_s < 10.0 else "it takes more than 10 s"

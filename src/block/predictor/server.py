@@ -26,7 +26,9 @@ class Predictor:
         self._subscribers: set[Subscriber] = set()
         self._registry = CollectorRegistry()
         r = self._registry
-        self._asked = Histogram("block_predictor_predict_seconds", "Time to answer a what-if", registry=r, buckets=_PREDICT_S)
+        self._asked = Histogram(
+            "block_predictor_predict_seconds", "Time to answer a what-if", registry=r, buckets=_PREDICT_S
+        )
         self._refused = Counter("block_predictor_refused", "What-ifs not answered, by status", ["status"], registry=r)
         self._sent = Gauge("block_predictor_subscribers", "Open snapshot streams", registry=r)
         self._gauges = {

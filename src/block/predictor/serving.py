@@ -53,7 +53,9 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         if error.status < 400:
             raise
         kind = "NotFoundError" if error.status == 404 else "BadRequestError"
-        answer = error_response(ClientError(error.status, f"{error.reason}: {request.method} {request.path}", kind=kind))
+        answer = error_response(
+            ClientError(error.status, f"{error.reason}: {request.method} {request.path}", kind=kind)
+        )
         if "Allow" in error.headers:
             answer.headers["Allow"] = error.headers["Allow"]
         return answer
@@ -73,7 +75,9 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         found.close()
         if error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"Port {port} of {host} is in use: choose another --port, or 0 for any free one.") from error
+            raise ConfigError(
+                f"Port {port} of {host} is in use: choose another --port, or 0 for any free one."
+            ) from error
         raise ConfigError(f"Cannot listen on {host}:{port}: {error.strerror or error}.") from error
     except OverflowError as error:
         found.close()
@@ -90,7 +94,7 @@ def url_of(bound: socket.socket) -> str:
 async def serve_until_stopped(
     app: web.Application, bound: socket.socket, on_ready: Callable[[], None], stop: asyncio.Event | None = None
 ) -> None:
-    """Serve until SIGINT, SIGTERM or ``stop``; a client that goes away cancels its handler. Open requests get a second to end."""
+    """Serve until SIGINT, SIGTERM or ``stop``. A client that leaves cancels its handler."""
     loop = asyncio.get_running_loop()
     stop = stop or asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -103,6 +107,8 @@ async def serve_until_stopped(
         await stop.wait()
     finally:
         await runner.cleanup()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:

@@ -1,8 +1,8 @@
 """Snapshots in shared memory: one writer (inside the engine), any number of readers, newest wins.
 
-A seqlock: the writer makes the counter odd, writes, makes it even; a reader copies and repeats if the counter moved or
-was odd. Nobody ever waits for a reader. The writer holds an exclusive ``flock`` on its file as long as its process lives, so
-a reader can tell a living engine from a dead one's file, in another container too.
+A seqlock: the writer makes the counter odd, writes, makes it even; a reader copies and repeats if the counter moved
+or was odd. Nobody ever waits for a reader. The writer holds an exclusive ``flock`` on its file as long as its process
+lives, so a reader can tell a living engine from a dead one's file, in another container too.
 
 File layout, native byte order: counter u64, writer's pid u64, length u64, then the snapshot's bytes.
 """

@@ -17,8 +17,9 @@ ALIVE_EVERY_S: Final = 0.25
 class StateSource(Protocol):
     """One engine's state as it changes.
 
-    ``frames`` yields encoded snapshots (``predict.snapshot``), newest wins: what came while nobody asked is skipped. It never ends by
-    itself: an engine that is gone may come back. ``problem`` is one sentence while the engine cannot be seen, else ``None``.
+    ``frames`` yields encoded snapshots (``predict.snapshot``), newest wins: what came while nobody asked is skipped.
+    It never ends by itself: an engine that is gone may come back. ``problem`` is one sentence while the engine cannot
+    be seen, else ``None``.
     """
 
     problem: str | None

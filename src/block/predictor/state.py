@@ -19,14 +19,21 @@ _Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 
 
 class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A ``POST /predict`` body. The output's length is ``output_tokens``, or a distribution told by ``quantiles`` ((q, tokens)
-    pairs, rising), or, where neither is given, what the engine's history says. ``harm``: also say what it does to the others.
+    """A ``POST /predict`` body.
+
+    The output's length is ``output_tokens``, or a distribution told by ``quantiles`` ((q, tokens) pairs, rising), or, where
+    neither is given, what the engine's history says. ``harm``: also say what it does to the others.
     """
 
     prompt_tokens: _Tokens
     max_tokens: _Tokens | None = None
     output_tokens: _Tokens | None = None
-    quantiles: Annotated[list[tuple[Annotated[float, msgspec.Meta(ge=0, le=1)], _Tokens]], msgspec.Meta(min_length=1, max_length=64)] | None = None
+    quantiles: (
+        Annotated[
+            list[tuple[Annotated[float, msgspec.Meta(ge=0, le=1)], _Tokens]], msgspec.Meta(min_length=1, max_length=64)
+        ]
+        | None
+    ) = None
     priority: Annotated[int, msgspec.Meta(ge=-(1 << 30), le=1 << 30)] = 0
     harm: bool = False
 
@@ -87,7 +94,7 @@ class InstanceState:
             tell()
 
     def staleness(self) -> str | None:
-        """Why the newest snapshot cannot be used, in a sentence; ``None``: it can. An idle engine's state does not age."""
+        """Why the newest snapshot cannot be used, in a sentence; ``None``: it can. An idle engine's does not age."""
         snapshot = self.snapshot
         if snapshot is None:
             return "the engine has published nothing yet"
@@ -119,7 +126,8 @@ class InstanceState:
         bound = min(question.max_tokens or room, room)
         return self._oracle.predict_all(
             [self._current_mirror(snapshot)], prompt_tokens=question.prompt_tokens, max_tokens=bound,
-            output_tokens=self._output(question, bound), now_s=self._wall_s(), priority=question.priority, harm=question.harm,
+            output_tokens=self._output(question, bound), now_s=self._wall_s(), priority=question.priority,
+            harm=question.harm,
         )[0]  # fmt: skip
 
     def _output(self, question: Question, bound: int) -> int | list[int]:
@@ -136,7 +144,7 @@ class InstanceState:
         if self._mirror is None or self.scale != self._scale:
             self._scale = self.scale
             profile = self.profile
-            self._mirror = Mirror(profile.curve(self._scale), profile.input_s, profile.output_s)
+            self._mirror = Mirror(profile.curve(self._scale, snapshot.limits), profile.input_s, profile.output_s)
             self._loaded = False
         if not self._loaded:
             self._mirror.load(snapshot, self.lengths.totals(snapshot))

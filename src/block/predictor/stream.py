@@ -13,8 +13,8 @@ _SEND_BUFFER: Final = 64 * 1024  # what the kernel may queue for one subscriber:
 class Subscriber:
     """Writes HTTP chunks, one a frame, to a transport. A slow reader skips to the newest; nothing queues up here.
 
-    ``frame`` gives the newest frame (u32 length, snapshot), or ``None`` while there is no engine. Without a change it is
-    sent again every ``HEARTBEAT_S``: silence means that the engine is gone, or the predictor.
+    ``frame`` gives the newest frame (u32 length, snapshot), or ``None`` while there is no engine. Without a change it
+    is sent again every ``HEARTBEAT_S``: silence means that the engine is gone, or the predictor.
     """
 
     def __init__(self, transport: asyncio.Transport, frame: Callable[[], bytes | None], min_interval_s: float) -> None:

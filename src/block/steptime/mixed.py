@@ -23,7 +23,9 @@ DECODE, GRAPH, EAGER = 0, 1, 2  # kinds of launch
 KINDS = 3
 MARGIN_S = 1.5e-3  # a result this much later than the CPU was free shows the accelerator
 SURE_S = 0.5e-3  # a result this much later than the modelled end shows the launch
-STALL_S = 2.5e-3  # launches this much longer than usual are pauses of the host
+FREE_FRACTION = 0.85  # the accelerator must be done by then for a launch to show unselected
+CLIP_PERCENTILE = 97  # longer launches are pauses of the host
+DECODE_LAUNCH_S = 2e-3  # where nothing shows it: a captured graph's launch, scheduling and taking in results
 KNEE = 0.03
 CELL_MOST = 60
 LAUNCHES_FEW = 10
@@ -73,7 +75,7 @@ def observe(log: StepLog, limits: EngineLimits, decode: DecodeFit) -> Observed:
 
 
 def first_launch(seen: Sequence[Observed]) -> LaunchFit:
-    """Launch times to start from: of steps scheduled right after another when nothing else was in flight."""
+    """Launch times to start from: of steps with prefill that another step followed at once, nothing else being in flight."""
     times: list[list[float]] = [[] for _ in range(KINDS)]
     bounds: list[list[float]] = [[] for _ in range(KINDS)]
     for one in seen:
@@ -83,29 +85,30 @@ def first_launch(seen: Sequence[Observed]) -> LaunchFit:
                 times[one.kinds[k]].append(s[k + 1] - s[k])
             elif s[k] < u[k - 1]:
                 bounds[one.kinds[k]].append(u[k - 1] - u[k - 2])
-    found = np.array([
-        np.median(t) if len(t) >= LAUNCHES_FEW else (np.percentile(b, 10) if b else 0.0) for t, b in zip(times, bounds, strict=True)
-    ])  # fmt: skip
-    if bounds[DECODE]:
-        found[DECODE] = np.percentile(bounds[DECODE], 0.5)
-    return LaunchFit(np.maximum.accumulate(found), 0.0)
+    found = [np.median(t) if len(t) >= LAUNCHES_FEW else (np.percentile(b, 10) if b else 0.0) for t, b in zip(times, bounds, strict=True)]
+    found[DECODE] = min(np.percentile(bounds[DECODE], 0.5), DECODE_LAUNCH_S) if bounds[DECODE] else DECODE_LAUNCH_S
+    return LaunchFit(np.maximum.accumulate(np.array(found)), 0.0)
 
 
-def ends(one: Observed, launch: Floats, work_s: Floats | None = None) -> Floats:
+def waited_for(one: Observed, launch: Floats) -> npt.NDArray[np.bool_]:
+    """Steps whose results the CPU clearly waited for after launching the next one, so that they show the accelerator.
+
+    A launch with prefill may stall for as long as it usually takes, hence the doubled bound for those.
+    """
+    s, u = one.log.scheduled_s, one.log.finished_s
+    waited = np.zeros(len(s), bool)
+    bound = np.where(one.kinds == DECODE, launch, 2 * launch) + MARGIN_S
+    waited[:-1] = (s[1:] < u[:-1]) & (u[:-1] - s[1:] > bound[1:])
+    return waited
+
+
+def ends(one: Observed, waited: npt.NDArray[np.bool_]) -> Floats:
     """When the accelerator finished each step, shape (steps,); NaN where nothing shows it."""
     s, u = one.log.scheduled_s, one.log.finished_s
-    plain = one.log.pure_decode
-    found = np.full(len(s), np.nan)
-    waited = np.zeros(len(s), bool)
-    waited[:-1] = (s[1:] < u[:-1]) & (u[:-1] - s[1:] > launch[1:] + MARGIN_S)
-    for k in range(len(s)):
-        if k and u[k - 1] >= s[k] and not np.isnan(found[k - 1]) and plain[k] and not waited[k]:
+    found = np.where(waited, u, np.nan)
+    for k in np.flatnonzero(one.log.pure_decode & ~waited):
+        if k and u[k - 1] >= s[k]:
             found[k] = found[k - 1] + one.decode_s[k]
-        elif waited[k] and not (k + 1 < len(s) and one.kinds[k + 1] != DECODE and plain[k] and k and not np.isnan(found[k - 1])):
-            found[k] = u[k]
-        elif waited[k]:
-            # The next step's launch may have been what was waited for: believe the earlier of model and measurement.
-            found[k] = min(u[k], found[k - 1] + one.decode_s[k])
     return found
 
 
@@ -115,29 +118,27 @@ def fit_launch(seen: Sequence[Observed], start: LaunchFit, mixed: MixedFit | Non
     for one in seen:
         log, s, u = one.log, one.log.scheduled_s, one.log.finished_s
         usual = start.seconds(log, one.kinds)
-        end = ends(one, usual)
+        end = ends(one, waited_for(one, usual))
         k = np.arange(2, len(s) - 1)
         work = one.decode_s if mixed is None else np.where(log.pure_decode, one.decode_s, mixed.seconds(log) + one.caching_s)
-        before = np.where(np.isnan(end[k - 1]), end[k - 2] + work[k - 1], end[k - 1])
-        in_flight = (s[k] < u[k - 1]) & (s[k - 1] < u[k - 2])
-        shows = in_flight & (before - u[k - 2] < 0.85 * usual[k]) & (u[k - 1] - before > SURE_S)
+        before = np.where(log.pure_decode[k - 1], end[k - 1], end[k - 2] + work[k - 1])
+        shows = (s[k] < u[k - 1]) & (s[k - 1] < u[k - 2])  # two in flight
+        shows &= (before - u[k - 2] < FREE_FRACTION * usual[k]) & (u[k - 1] - before > SURE_S)
+        shows &= log.pure_decode[k - 1] | (mixed is not None)
         k = k[shows]
         rows.append(np.column_stack([one.kinds[k], log.decode_requests[k] + log.chunks[k], u[k - 1] - u[k - 2]]))
     found = np.concatenate(rows)
-    kind = found[:, 0].astype(int)
-    clipped = found[:, 2].copy()
-    result = start.kind_s.copy()
-    for i in range(KINDS):
-        if (kind == i).sum() >= LAUNCHES_FEW:
-            clipped[kind == i] = np.minimum(clipped[kind == i], np.percentile(clipped[kind == i], 95))
-    use = np.isin(kind, [i for i in range(KINDS) if (kind == i).sum() >= LAUNCHES_FEW])
-    if not use.any():
+    kind, seconds = found[:, 0].astype(int), found[:, 2].copy()
+    enough = [i for i in range(KINDS) if (kind == i).sum() >= LAUNCHES_FEW]
+    if not enough:
         return start
+    for i in enough:
+        seconds[kind == i] = np.minimum(seconds[kind == i], np.percentile(seconds[kind == i], CLIP_PERCENTILE))
+    use = np.isin(kind, enough)
     columns = np.column_stack([*(kind[use] == i for i in range(KINDS)), found[use, 1]]).astype(float)
-    solved = solve(columns, clipped[use] / MILLI, balanced(kind[use], 10**9) / 1, np.zeros((0, KINDS + 1)))
-    for i in range(KINDS):
-        if (kind == i).sum() >= LAUNCHES_FEW:
-            result[i] = solved[i] * MILLI
+    solved = solve(columns, seconds[use] / MILLI, seconds[use] / MILLI, np.zeros((0, KINDS + 1)))  # absolute errors
+    result = start.kind_s.copy()
+    result[enough] = solved[enough] * MILLI
     return LaunchFit(np.maximum.accumulate(result), float(solved[KINDS] * MILLI))
 
 
@@ -145,22 +146,15 @@ def work_samples(one: Observed, launch: LaunchFit) -> tuple[npt.NDArray[np.int64
     """Steps with prefill whose work on the accelerator is seen: their indices, seconds, and whether it had been idle."""
     s, u = one.log.scheduled_s, one.log.finished_s
     usual = launch.seconds(one.log, one.kinds)
-    end = ends(one, usual)
-    index, work, idle = [], [], []
-    for k in range(2, len(s) - 1):
-        if one.log.pure_decode[k] or s[k + 1] >= u[k] or u[k] - s[k + 1] < usual[k + 1] + MARGIN_S:
-            continue
-        was_idle = u[k - 1] < s[k]
-        took = s[k + 1] - s[k] if was_idle else u[k - 1] - s[k]
-        start = s[k] if was_idle else end[k - 1]
-        if np.isnan(start) or (not was_idle and one.log.pure_decode[k - 1] and took > usual[k] + STALL_S and u[k - 1] > start + SURE_S):
-            continue
-        if u[k] < s[k] + min(took, usual[k] + STALL_S) + MARGIN_S:
-            continue
-        index.append(k)
-        work.append(u[k] - start)
-        idle.append(was_idle)
-    return np.array(index, dtype=np.int64), np.array(work), np.array(idle, dtype=bool)
+    waited = waited_for(one, usual)
+    end = ends(one, waited)
+    k = np.flatnonzero(waited & ~one.log.pure_decode)
+    k = k[(k >= 2) & (k < len(s) - 1)]
+    idle = u[k - 1] < s[k]
+    began = np.where(idle, s[k], end[k - 1])
+    took = np.where(idle, s[k + 1] - s[k], np.minimum(u[k - 1] - s[k], 2 * usual[k]))  # its launch, at most
+    seen = ~np.isnan(began) & (u[k] > s[k] + took + MARGIN_S)
+    return k[seen], (u[k] - began)[seen], idle[seen]
 
 
 def fit_mixed(seen: Sequence[Observed], launch: LaunchFit) -> MixedFit | None:

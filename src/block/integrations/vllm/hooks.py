@@ -65,6 +65,8 @@ def install(cls: Any, make_watcher: Callable[[Any], Watcher | None]) -> None:
     cls.__init__, cls.schedule, cls.update_from_output, cls.add_request = __init__, watched_schedule, watched_update, watched_add
     if hasattr(cls, "_preempt_request"):  # before 0.12 preemption has no method of its own
         _install_preempt(cls)
+    if hasattr(cls, "shutdown"):
+        _install_shutdown(cls)
 
 
 def _install_preempt(cls: Any) -> None:
@@ -78,6 +80,18 @@ def _install_preempt(cls: Any) -> None:
         return result
 
     cls._preempt_request = watched_preempt
+
+
+def _install_shutdown(cls: Any) -> None:
+    shutdown = cls.shutdown
+
+    def watched_shutdown(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watcher, self._block_watcher = self._block_watcher, None
+        if watcher is not None:
+            _close_quietly(watcher)
+        return shutdown(self, *args, **kwargs)
+
+    cls.shutdown = watched_shutdown
 
 
 def _guarded(scheduler: Any, action: Callable[[], None]) -> None:

@@ -1,7 +1,8 @@
 """Record every decision of a real vLLM scheduler as a golden trace (the format is in ``block.engine.trace``).
 
-A trace is kept in memory, at most ``CALLS_MAX`` calls, and written by ``close``: only then it is known how many tokens each request
-got and which prefix blocks two requests share. Turn it on in a server with ``BLOCK_VLLM_TRACE=FILE``.
+A trace is kept in memory, at most ``CALLS_MAX`` calls, because only later it is known how many tokens each request got and which prefix
+blocks two requests share. It is written by ``close`` and whenever the engine falls idle: vLLM kills its engine process rather than
+letting it end, unless it has a ``--shutdown-timeout``. Turn it on in a server with ``BLOCK_VLLM_TRACE=FILE``.
 """
 
 import gzip
@@ -14,6 +15,7 @@ from typing import Any, Final
 from block.integrations.vllm.scheduler_view import limits_of_scheduler, waiting_in_order
 
 CALLS_MAX: Final = 200_000
+WRITE_EVERY_S: Final = 2.0
 
 
 class TraceRecorder:
@@ -29,6 +31,7 @@ class TraceRecorder:
         self._preempted: list[int] = []
         self._calls: list[dict[str, Any]] = []
         self._started_s: float | None = None
+        self._written_s = time.monotonic()
 
     def arrived(self, request: Any) -> None:
         arrival = [len(self._arrivals), request.num_prompt_tokens, request.max_tokens, request.priority, None, None]
@@ -59,15 +62,20 @@ class TraceRecorder:
         )
         self._new, self._preempted = [], []
 
-    def updated(self, scheduler: Any, output: Any, finished_s: float) -> None:
-        """Nothing to do: what an update changes shows at the next call."""
+    def updated(self, scheduler: Any, _output: Any, _finished_s: float) -> None:
+        """Write what there is when nothing is left to do; what an update changes shows at the next call."""
+        if not scheduler.running and not scheduler.waiting and time.monotonic() - self._written_s >= WRITE_EVERY_S:
+            self.close()
 
     def close(self) -> None:
-        """Write the file. Later calls are not recorded."""
+        """Write the file: the whole trace so far."""
         self._complete_arrivals()
-        with gzip.open(self._path, "wt", compresslevel=9) as file:
-            for line in ({"engine": self._engine}, *self._calls):
-                file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        with gzip.open(self._path, "wt", compresslevel=6) as file:
+            file.write(json.dumps({"engine": self._engine}) + "\n")
+            for call in self._calls:
+                arrivals = [_trimmed(a) for a in call["arrivals"]]
+                file.write(json.dumps({**call, "arrivals": arrivals}, separators=(",", ":")) + "\n")
+        self._written_s = time.monotonic()
 
     def _complete_arrivals(self) -> None:
         """Fill in what each request's end and the others' contents tell."""
@@ -80,9 +88,14 @@ class TraceRecorder:
                 arrival[4] = request.num_output_tokens
             # Only what others have too needs an identity; a chain's shared part is its beginning.
             shared = [h for h in hashes[key] if holders[h] > 1]
+            # vLLM appends to a request's chain as it generates, so a later writing may find more.
             arrival[5] = [numbers.setdefault(h, len(numbers)) for h in shared]
-            while arrival[-1] in (None, []) and len(arrival) > 4:
-                arrival.pop()
 
     def _number(self, request: Any) -> int:
         return int(self._arrivals[request.request_id][0])
+
+
+def _trimmed(arrival: list[Any]) -> list[Any]:
+    """Without the optional fields at its end that say nothing."""
+    end = 6 if arrival[5] else 5 if arrival[4] is not None else 4
+    return arrival[:end]

@@ -1,0 +1,145 @@
+"""``block serve``: the gateway."""
+
+from typing import Any
+
+import click
+
+POLICY_HELP = "How to choose an instance; options as in block-k:k=4. All names: block policies."
+
+
+@click.command()
+@click.option(
+    "--instance",
+    "instances",
+    multiple=True,
+    metavar="URL[,predictor=URL][,name=NAME]",
+    help="An engine; repeat for more.",
+)
+@click.option(
+    "--worker-urls",
+    multiple=True,
+    metavar="'URL URL ...'",
+    help="Engines without predictors, separated by spaces or commas.",
+)
+@click.option("--static-backends", metavar="URL,URL", help="The same, spelled as production-stack does.")
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(dir_okay=False),
+    help="TOML file; reloaded when it changes and on SIGHUP.",
+)
+@click.option("--host", help="Address to listen on. [127.0.0.1]")
+@click.option("--port", type=int, help="Port to listen on; 0 takes a free one. [8000]")
+@click.option("--policy", help=POLICY_HELP + " [block]")
+@click.option("--length-estimator", help="How output lengths are estimated. [history]")
+@click.option(
+    "--predict",
+    type=click.Choice(["local", "remote"]),
+    help="What-ifs in this process, or asked of the predictors. [local]",
+)
+@click.option("--seed", type=int, help="Seed of ties and random choices.")
+@click.option("--stale-after-secs", "stale_after_s", type=float, help="Evidence older than this is not used. [2]")
+@click.option("--max-concurrent-requests", type=int, help="Beyond it requests queue. [16384]")
+@click.option("--instance-in-flight-max", type=int, help="Requests that one instance gets at a time. [4096]")
+@click.option("--queue-size", type=int, help="Beyond it requests are answered 429. [1024]")
+@click.option("--queue-timeout-secs", "queue_timeout_s", type=float, help="Longest wait in the queue. [10]")
+@click.option("--request-timeout-secs", "request_timeout_s", type=float, help="Longest time for one request. [1800]")
+@click.option("--retry-max-retries", "retries", type=int, help="Retries of a request not yet answered. [3]")
+@click.option("--cb-failure-threshold", type=int, help="Failures in a row that open an instance's circuit. [5]")
+@click.option("--health-check-interval-secs", "health_check_interval_s", type=float, help="[2]")
+@click.option("--health-check-timeout-secs", "health_check_timeout_s", type=float, help="[2]")
+@click.option(
+    "--hang-after-secs", "hang_after_s", type=float, help="Silence that makes an instance suspect; 0 is off. [0.75]"
+)
+@click.option(
+    "--shutdown-grace-period-secs",
+    "shutdown_grace_period_s",
+    type=float,
+    help="For answers to finish after SIGTERM. [60]",
+)
+@click.option(
+    "--api-key", "api_keys", multiple=True, help="Key that clients must send; better in BLOCK_API_KEYS or a file."
+)
+@click.option("--api-key-file", type=click.Path(dir_okay=False), help="File of keys, one a line.")
+@click.option("--admin-key", help="Opens /admin; better in BLOCK_ADMIN_KEY.")
+@click.option("--request-bytes-max", type=int, help="Largest request body. [33554432]")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[info]")
+@click.option("--dump-config", is_flag=True, help="Print the whole configuration as TOML and exit.")
+@click.option("--check-config", is_flag=True, help="Check the configuration and exit.")
+def command(config_file: str | None, dump_config: bool, check_config: bool, **flags: Any) -> None:
+    """Serve OpenAI's API in front of several engines, sending each request where it is predicted to do best.
+
+    Every option is also a variable (BLOCK_PORT, BLOCK_POLICY, ...; lists are separated by spaces) and a key of the TOML
+    file. Flags win over variables, variables over the file.
+
+    \b
+    Examples:
+      block serve --instance http://gpu1:8000,predictor=http://gpu1:9000 \\
+                  --instance http://gpu2:8000,predictor=http://gpu2:9000
+      block serve --policy least-outstanding --worker-urls "http://gpu1:8000 http://gpu2:8000"
+      block serve --config gateway.toml --port 8080
+      block serve --config gateway.toml --dump-config
+    """
+    from block.gateway import config as configuration
+    from block.policy.table import policy_from
+
+    given = _given(flags)
+
+    def load() -> configuration.GatewayConfig:
+        return configuration.load_config(given, file=config_file)
+
+    config = load()
+    policy_from(config.policy)
+    if dump_config:
+        click.echo(configuration.dump_config(config), nl=False)
+    elif check_config:
+        config.all_keys()
+        click.echo(f"The configuration is fine: {len(config.instances)} instances, policy {config.policy}.")
+    else:
+        _serve(config, load)
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Only what was given on the command line, under the configuration's names."""
+    from block.gateway.config import parse_instance
+
+    urls = list(flags.pop("instances"))
+    urls += [url for text in flags.pop("worker_urls") for url in text.replace(",", " ").split()]
+    urls += [url for url in (flags.pop("static_backends") or "").split(",") if url]
+    given = {name: value for name, value in flags.items() if value is not None and value != ()}
+    if "api_keys" in given:
+        given["api_keys"] = list(given["api_keys"])
+    if urls:
+        given["instances"] = [parse_instance(url) for url in urls]
+    return given
+
+
+def _serve(config: Any, reload: Any) -> None:
+    import asyncio
+    import logging
+
+    from block.errors import ConfigError
+    from block.gateway.serve import Gateway, run
+
+    if not config.instances and config.admin_key is None:
+        raise ConfigError("No instance is given: add --instance URL, or --admin-key KEY to add them while it runs.")
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+
+    def started(gateway: Gateway) -> None:
+        ready = len(gateway.pool.ready())
+        click.echo(
+            f"block serve: http://{config.host}:{gateway.port}, policy {config.policy}, "
+            f"{ready} of {len(gateway.pool.instances)} instances ready",
+            err=True,
+        )
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(run(config, reload, started))
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

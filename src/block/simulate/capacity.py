@@ -1,0 +1,147 @@
+"""Capacity: the highest rate at which a criterion still holds, by bracketing, with an interval over seeds.
+
+Common random numbers: a seed gives the same lengths and the same pattern of gaps at every rate and under every policy, so
+the metric is nearly monotone in the rate and policies can be compared seed by seed.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from block.errors import ConfigError
+from block.metrics.summary import Summary
+from block.simulate.config import SimulationConfig
+from block.simulate.sweep import RunAll, varied
+
+_LATENCY = re.compile(r"(ttft|e2e|tpot)_(mean|p50|p90|p99)<=([0-9.]+)s?")
+_ATTAINMENT = re.compile(r"attainment>=([0-9.]+)(%?)")
+
+
+class Criterion(msgspec.Struct, frozen=True):
+    """What must hold: a latency figure at most ``target`` seconds, or SLO attainment at least ``target``."""
+
+    text: str
+    field: str
+    target: float
+
+    def excess(self, summary: Summary) -> float:
+        """Above 0: does not hold; log of the ratio to the target for latencies, so that it can be interpolated."""
+        value = getattr(summary, self.field)
+        if self.field == "slo_attainment_fraction":
+            return self.target - (0.0 if value is None else value)
+        if value is None or summary.finished < summary.requests:
+            return math.inf  # a policy must not win by losing requests
+        return math.log(max(value, 1e-6) / self.target)
+
+
+def parse_criterion(text: str) -> Criterion:
+    """``ttft_p99<=3``, ``e2e_mean<=20``, ``attainment>=99%``.
+
+    Raises:
+        ConfigError: something else.
+    """
+    plain = text.replace(" ", "")
+    if match := _LATENCY.fullmatch(plain):
+        field = f"{match[1]}_s_{match[2]}"
+        if field in Summary.__struct_fields__ and float(match[3]) > 0:
+            return Criterion(plain, field, float(match[3]))
+    if match := _ATTAINMENT.fullmatch(plain):
+        return Criterion(plain, "slo_attainment_fraction", float(match[1]) / (100 if match[2] else 1))
+    raise ConfigError(f"Write a criterion as ttft_p99<=3, e2e_mean<=20 or attainment>=99%, not {text!r}.")
+
+
+class Capacity(msgspec.Struct, frozen=True, kw_only=True):
+    """Mean over seeds of the highest rate that holds, in requests/s, with its 95 % bootstrap interval."""
+
+    capacity_rps: float
+    ci_low: float
+    ci_high: float
+    criterion: str
+    seeds: list[int]
+    per_seed: list[float]
+    policy: str
+
+
+def find_capacity(
+    config: SimulationConfig, criterion: Criterion, seeds: Sequence[int], run_all: RunAll, *, tolerance: float = 0.01,
+    start_rps: float | None = None,
+) -> Capacity:  # fmt: skip
+    """Search every seed at once, until each bracket is narrower than ``tolerance`` of its rate.
+
+    Raises:
+        ConfigError: attainment without an SLO, or no rate between 1/64 and 64 times the start holds or fails.
+    """
+    if criterion.field == "slo_attainment_fraction" and config.slo is None:
+        raise ConfigError("The criterion is SLO attainment, but the configuration has no [slo].")
+    start = start_rps or config.workload.rate_rps or 10.0
+    searches = [_Search(start, tolerance) for _ in seeds]
+    while open_now := [i for i, search in enumerate(searches) if not search.done]:
+        configs = [varied(config, rate_rps=searches[i].next_rps(), seed=seeds[i]) for i in open_now]
+        for i, summary in zip(open_now, run_all(configs), strict=True):
+            searches[i].learn(criterion.excess(summary))
+    found = [search.capacity_rps() for search in searches]
+    low, high = bootstrap_interval(found)
+    return Capacity(
+        capacity_rps=float(np.mean(found)), ci_low=low, ci_high=high, criterion=criterion.text, seeds=list(seeds),
+        per_seed=found, policy=config.policy,
+    )  # fmt: skip
+
+
+def bootstrap_interval(values: Sequence[float], *, resamples: int = 10_000, level: float = 0.95) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean, seeded."""
+    array = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(0).integers(0, len(array), (resamples, len(array)))
+    low, high = np.quantile(array[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+class _Search:
+    """One seed's bracket: the highest rate known to hold, the lowest known not to."""
+
+    def __init__(self, start_rps: float, tolerance: float) -> None:
+        self._start_rps, self._tolerance = start_rps, tolerance
+        self._holds: tuple[float, float] | None = None
+        self._fails: tuple[float, float] | None = None
+        self._asked_rps = start_rps
+        self._step = 1.08
+
+    @property
+    def done(self) -> bool:
+        if self._holds is None or self._fails is None:
+            return False
+        return self._fails[0] / self._holds[0] <= 1 + self._tolerance
+
+    def next_rps(self) -> float:
+        if self._holds is None and self._fails is None:
+            self._asked_rps = self._start_rps
+        elif self._holds is None or self._fails is None:
+            known = self._holds or self._fails
+            assert known is not None
+            self._asked_rps = known[0] * self._step if self._fails is None else known[0] / self._step
+            self._step *= self._step  # widening fast: 1.08, 1.17, 1.36, 1.85 ...
+            if not 1 / 64 <= self._asked_rps / self._start_rps <= 64:
+                raise ConfigError(
+                    f"No capacity between {self._start_rps / 64:.2g} and {self._start_rps * 64:.2g} requests/s: "
+                    "give a better start rate or another criterion."
+                )
+        else:
+            self._asked_rps = math.sqrt(self._holds[0] * self._fails[0])
+        return self._asked_rps
+
+    def learn(self, excess: float) -> None:
+        if excess <= 0:
+            self._holds = (self._asked_rps, excess)
+        else:
+            self._fails = (self._asked_rps, excess)
+
+    def capacity_rps(self) -> float:
+        """Where the criterion is crossed, interpolated inside the last bracket."""
+        assert self._holds is not None
+        assert self._fails is not None
+        (low, below), (high, above) = self._holds, self._fails
+        if not math.isfinite(above):
+            return low
+        return low + (high - low) * (-below / (above - below))

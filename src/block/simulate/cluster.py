@@ -1,0 +1,280 @@
+"""A whole cluster in virtual time: arrivals, decisions, engines, failures -> one row a request.
+
+Theory of operation. Time passes in events: the arrivals, in order, and a heap of everything else (snapshots taken and
+received, a busy gateway's turn, failures). Engines are advanced only when somebody looks: with fresh snapshots at
+every decision, otherwise when they publish. An engine decides nothing about the others, so between two looks it runs
+by itself, in jumps. Ties in time are broken by the order in which events were made, chance comes from named streams of the
+seed, so a run is a function of its configuration (law L6).
+
+Every request offered ends as exactly one row (law L1): finished; rejected, if it could never fit where it was sent; or failed,
+if its instance died while it streamed. One that had no token yet when its instance died is sent elsewhere.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+
+from block.core import Decision, InstanceId, Prediction
+from block.length.simple import Estimator, OracleEstimator
+from block.length.table import make_estimator
+from block.metrics.row import Row, finished_row
+from block.policy import policy_from
+from block.simulate.config import Failure, SimulationConfig
+from block.simulate.gateway import Dispatched, Gateway
+from block.simulate.instance import Instance, View
+from block.steptime.profile import StepTimeProfile, load_profile
+from block.workload.chance import generator, pyrandom
+from block.workload.offer import offer
+from block.workload.offered import Offered
+
+Progress = Callable[[int, int], None]
+INFINITY = float("inf")
+
+
+def simulate(
+    config: SimulationConfig, offered: Sequence[Offered] | None = None, *, on_progress: Progress | None = None
+) -> list[Row]:
+    """Run one simulation; rows in the order offered.
+
+    ``offered`` replaces the configured workload. ``on_progress(done, total)`` is called now and then.
+
+    Raises:
+        UserError: the configuration names something that does not exist or cannot be.
+    """
+    if offered is None:
+        offered = offer(config.workload, config.seed)
+    return _Cluster(config, offered, on_progress).run()
+
+
+class _Job:
+    """One offered request under way; written by the cluster alone."""
+
+    __slots__ = ("decided_s", "gateway", "instance", "offered", "prediction", "row", "tries")
+
+    def __init__(self, offered: Offered, gateway: Gateway) -> None:
+        self.offered, self.gateway = offered, gateway
+        self.instance: Instance | None = None
+        self.prediction: Prediction | None = None
+        self.decided_s = 0.0
+        self.tries = 0
+        self.row: Row | None = None
+
+
+class _Cluster:
+    """The state of one run."""
+
+    def __init__(self, config: SimulationConfig, offered: Sequence[Offered], on_progress: Progress | None) -> None:
+        self._config = config
+        self._estimator = _estimator(config, offered)
+        self._learns = config.lengths.estimator not in ("oracle", "constant")
+        self._instances = _instances(config)
+        self._by_id = {instance.id: instance for instance in self._instances}
+        self._healthy = [instance.id for instance in self._instances]
+        gateways = [
+            Gateway(
+                config.gateways, policy_from(config.policy), self._instances, self._estimator.bank,
+                pyrandom(config.seed, f"policy {number}"),
+            )
+            for number in range(config.gateways.count)
+        ]  # fmt: skip
+        self._gateways = gateways
+        self._jobs = [_Job(one, gateways[number % len(gateways)]) for number, one in enumerate(offered)]
+        self._heap: list[tuple[float, int, Callable[[float], None]]] = []
+        self._events = 0
+        self._on_progress = on_progress
+        self._jitter = generator(config.seed, "snapshots")
+        self._arrivals_end_s = offered[-1].request.arrived_s if offered else 0.0
+
+    def run(self) -> list[Row]:
+        if self._config.gateways.snapshot_interval_s > 0:
+            self._start_publishing()
+        for failure in self._config.failures:
+            self._at(failure.at_s, lambda now_s, failure=failure: self._fail(failure, now_s))  # type: ignore[misc]
+        heap, total = self._heap, len(self._jobs)
+        for number, job in enumerate(self._jobs):
+            arrived_s = job.offered.request.arrived_s
+            while heap and heap[0][0] <= arrived_s:
+                at_s, _, act = heapq.heappop(heap)
+                act(at_s)
+            self._arrive(number, arrived_s)
+            if self._on_progress is not None and number % 500 == 499:
+                self._on_progress(number + 1, total)
+        while heap:
+            at_s, _, act = heapq.heappop(heap)
+            act(at_s)
+        for instance in self._instances:
+            self._advance(instance, INFINITY)
+        rows = [job.row for job in self._jobs if job.row is not None]
+        assert len(rows) == total, "every request offered ends as one row (law L1)"
+        return rows
+
+    def _at(self, at_s: float, act: Callable[[float], None]) -> None:
+        self._events += 1
+        heapq.heappush(self._heap, (at_s, self._events, act))
+
+    # ---- a request's life
+
+    def _arrive(self, number: int, now_s: float) -> None:
+        gateway, decision_s = self._jobs[number].gateway, self._config.gateways.decision_s
+        if decision_s == 0:
+            self._dispatch(number, now_s)
+            return
+        start_s = max(now_s, gateway.free_s)
+        gateway.free_s = start_s + decision_s
+        self._at(gateway.free_s, lambda at_s: self._dispatch(number, at_s))
+
+    def _dispatch(self, number: int, now_s: float) -> None:
+        job = self._jobs[number]
+        request = job.offered.request
+        estimate = self._estimator.estimate(request)
+        if self._config.gateways.snapshot_interval_s == 0:
+            for instance in self._instances:
+                self._advance(instance, now_s)
+        healthy = self._healthy
+        while True:
+            if not healthy:
+                job.row = _lost(job, now_s, "rejected", "no instance is healthy")
+                return
+            decision = job.gateway.decide(request, estimate, healthy, now_s)
+            instance = self._by_id[decision.instance]
+            if instance.alive:
+                break
+            # Connection refused: not a byte was answered, so another one is asked at once.
+            healthy = [other for other in healthy if other != instance.id]
+        job.instance, job.decided_s, job.prediction = instance, now_s, _prediction_of(decision)
+        job.tries += 1
+        if not instance.can_ever_run(request.prompt_tokens, job.offered.output_tokens):
+            job.row = _lost(job, now_s, "rejected", "longer than the instance can hold")
+            return
+        arrives_s = now_s + self._config.gateways.network_s + instance.input_s
+        most = instance.most_tokens(request.prompt_tokens, request.max_tokens)
+        instance.view.add(request.prompt_tokens, most, job.offered.output_tokens, estimate, arrives_s, number)
+        instance.present.add(number)
+        job.gateway.note(instance.id, Dispatched(request.prompt_tokens, most, estimate, arrives_s, number), now_s)
+
+    def _advance(self, instance: Instance, until_s: float) -> None:
+        engine = instance.view.engine
+        engine.advance(until_s)
+        for number, _, first_token_s, finished_s, preemptions in engine.collect():
+            instance.present.discard(number)
+            job = self._jobs[number]
+            job.row = self._finished(job, instance, first_token_s, finished_s, preemptions)
+            if self._learns:
+                self._estimator.observe(job.offered.request, job.offered.output_tokens)
+
+    def _finished(
+        self, job: _Job, instance: Instance, first_token_s: float, finished_s: float, preemptions: int
+    ) -> Row:
+        request, prediction = job.offered.request, job.prediction
+        way_s = instance.output_s + self._config.gateways.network_s
+        since_s = job.decided_s - request.arrived_s  # a prediction counts from the decision
+        return finished_row(
+            id=request.id, policy=self._config.policy, instance=instance.id, intended_s=request.arrived_s,
+            sent_s=request.arrived_s, first_token_s=first_token_s + way_s, finished_s=finished_s + way_s,
+            prompt_tokens=request.prompt_tokens, output_tokens=job.offered.output_tokens, preemptions=preemptions,
+            predicted_ttft_s=None if prediction is None else prediction.ttft_s + since_s,
+            predicted_e2e_s=None if prediction is None else prediction.e2e_s + since_s,
+        )  # fmt: skip
+
+    # ---- snapshots
+
+    def _start_publishing(self) -> None:
+        interval_s = self._config.gateways.snapshot_interval_s
+        for number, instance in enumerate(self._instances):
+            phase_s = interval_s * (number + 0.5) / len(self._instances)
+            self._at(phase_s, lambda now_s, instance=instance: self._publish(instance, now_s))  # type: ignore[misc]
+
+    def _publish(self, instance: Instance, now_s: float) -> None:
+        model = self._config.gateways
+        if now_s <= self._arrivals_end_s:
+            self._at(now_s + model.snapshot_interval_s, lambda at_s: self._publish(instance, at_s))
+        if not instance.alive:
+            return
+        self._advance(instance, now_s)
+        delay_s = model.snapshot_delay_s
+        if model.snapshot_jitter_s > 0:
+            delay_s += model.snapshot_jitter_s * self._jitter.random()
+        snapshot = instance.view
+        if delay_s > 0:
+            snapshot = View(instance.limits, instance.curve)
+        else:
+            self._receive(instance, snapshot, now_s)
+            return
+        snapshot.copy_from(instance.view, now_s)
+        self._at(now_s + delay_s, lambda at_s: self._receive(instance, snapshot, snapshot.taken_s))
+
+    def _receive(self, instance: Instance, snapshot: View, taken_s: float) -> None:
+        snapshot.taken_s = taken_s
+        if instance.alive:
+            for gateway in self._gateways:
+                gateway.receive(instance.id, snapshot)
+
+    # ---- failures
+
+    def _fail(self, failure: Failure, now_s: float) -> None:
+        instance = self._instances[failure.instance]
+        self._advance(instance, now_s)
+        lost = sorted(instance.present)
+        # What each had got by now: let the dead engine's future tell when its first token would have come.
+        instance.view.engine.advance(INFINITY)
+        first_token_s = {number: first_s for number, _, first_s, _, _ in instance.view.engine.collect()}
+        instance.restart()
+        instance.alive = False
+        for gateway in self._gateways:
+            gateway.forget(instance.id)
+        for number in lost:
+            if first_token_s[number] <= now_s:
+                self._jobs[number].row = _lost(
+                    self._jobs[number], now_s, "failed", "the instance died while it streamed"
+                )
+            else:
+                self._at(now_s + self._config.gateways.network_s, lambda at_s, n=number: self._dispatch(n, at_s))  # type: ignore[misc]
+        self._at(now_s + min(failure.detection_s, failure.for_s), lambda at_s: self._list(instance, at_s))
+        self._at(now_s + failure.for_s, lambda at_s: self._recover(instance, at_s))
+
+    def _recover(self, instance: Instance, now_s: float) -> None:
+        instance.restart()
+        self._list(instance, now_s)
+
+    def _list(self, instance: Instance, now_s: float) -> None:
+        """The gateways notice whether the instance is up."""
+        instance.listed = instance.alive
+        self._healthy = [one.id for one in self._instances if one.listed]
+
+
+def _prediction_of(decision: Decision) -> Prediction | None:
+    for candidate in decision.candidates:
+        if candidate.instance == decision.instance:
+            return candidate.prediction
+    return None
+
+
+def _lost(job: _Job, now_s: float, status: str, error: str) -> Row:
+    request = job.offered.request
+    return Row(
+        id=request.id, policy=job.gateway.policy.name, instance=job.instance.id if job.instance else None,
+        intended_s=request.arrived_s, sent_s=request.arrived_s, first_token_s=None, finished_s=None,
+        prompt_tokens=request.prompt_tokens, output_tokens=0, ttft_s=None, e2e_s=None, tpot_s=None,
+        status="rejected" if status == "rejected" else "failed", error=error,
+    )  # fmt: skip
+
+
+def _estimator(config: SimulationConfig, offered: Sequence[Offered]) -> Estimator:
+    name, options = config.lengths.estimator, dict(config.lengths.options)
+    if name == "oracle":
+        lengths = {one.request.id: one.output_tokens for one in offered}
+        options.setdefault("seed", config.seed)
+        return OracleEstimator(lengths=lengths, **options)  # type: ignore[arg-type]
+    return make_estimator(name, **options)
+
+
+def _instances(config: SimulationConfig) -> list[Instance]:
+    made: list[Instance] = []
+    for group in config.instances:
+        profile: StepTimeProfile = (
+            group.profile if isinstance(group.profile, StepTimeProfile) else load_profile(group.profile)
+        )
+        curve = profile.curve(1.0 / group.speed, group.limits)
+        for _ in range(group.count):
+            name = InstanceId(f"i{len(made):02d}")
+            made.append(Instance(name, group.limits, curve, input_s=profile.input_s, output_s=profile.output_s))
+    return made

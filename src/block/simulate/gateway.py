@@ -1,0 +1,149 @@
+"""A simulated gateway: the evidence it has when a request comes, and the same policy code as online."""
+
+from collections import deque
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from block.core import Candidate, Decision, InstanceId, Load, Prediction, Request
+from block.engine.ask import ask_all
+from block.engine.kernel import FastEngine
+from block.length.distribution import DistributionBank, Estimate
+from block.policy import Evidence, Policy, RecentDispatches, decide
+from block.simulate.config import GatewayModel
+from block.simulate.instance import Instance, View, renew_beliefs
+
+
+class Dispatched:
+    """One request on its way to, or in, an instance, as its gateway remembers it."""
+
+    __slots__ = ("arrives_s", "estimate", "label", "most_tokens", "prompt_tokens")
+
+    def __init__(self, prompt_tokens: int, most_tokens: int, estimate: Estimate, arrives_s: float, label: int) -> None:
+        self.prompt_tokens, self.most_tokens, self.estimate = prompt_tokens, most_tokens, estimate
+        self.arrives_s, self.label = arrives_s, label
+
+
+class Gateway:
+    """Owns its policy object, its ledger of recent dispatches and its views of the instances.
+
+    With fresh snapshots its views are the instances themselves; otherwise each is a copy made of the newest snapshot that
+    has reached this gateway, with what the gateway dispatched after that snapshot was taken added.
+    """
+
+    def __init__(
+        self, model: GatewayModel, policy: Policy, instances: Sequence[Instance], bank: DistributionBank, rng: Random
+    ) -> None:
+        self.policy = policy
+        self.free_s = 0.0
+        """When it is done with the requests that came before."""
+        self._model = model
+        self._instances = {instance.id: instance for instance in instances}
+        self._bank = bank
+        self._rng = rng
+        self._recent = RecentDispatches()
+        self._fresh = model.snapshot_interval_s == 0
+        self._copies: dict[InstanceId, View] = {}
+        self._unseen: dict[InstanceId, deque[Dispatched]] = {instance.id: deque() for instance in instances}
+        first = instances[0]
+        self._scratch: Any = FastEngine(first.limits, first.curve, 0.0, 256)
+        self._hits = np.zeros(len(instances), np.int32)
+        self._answers = np.empty((len(instances), 6))
+
+    def decide(self, request: Request, estimate: Estimate, healthy: Sequence[InstanceId], now_s: float) -> Decision:
+        """Choose one of ``healthy`` (at least one) with the evidence that this gateway has now."""
+        rank = self.policy.rank
+        listed = self.policy.shortlist.choose(healthy, self._rng)
+        if rank.needs is Evidence.NOTHING:
+            return decide(self.policy, request, [Candidate(instance) for instance in listed], self._rng)
+        views = [self._view(instance) for instance in listed]
+        if rank.needs is Evidence.LOAD:
+            candidates = [
+                Candidate(instance, self._load(instance, view, now_s))
+                for instance, view in zip(listed, views, strict=True)
+            ]
+        else:
+            predictions = self._predict(request, estimate, listed, views, now_s)
+            candidates = [Candidate(i, None, prediction) for i, prediction in zip(listed, predictions, strict=True)]
+        return decide(self.policy, request, candidates, self._rng)
+
+    def note(self, instance: InstanceId, dispatched: Dispatched, now_s: float) -> None:
+        """A request was sent to the instance."""
+        self._recent.note(instance, now_s)
+        if self._fresh or not self._model.in_flight_accounting:
+            return
+        self._unseen[instance].append(dispatched)
+        copy = self._copies.get(instance)
+        if copy is not None:
+            _add(copy, dispatched)
+
+    def receive(self, instance: InstanceId, snapshot: View) -> None:
+        """A newer snapshot of the instance has come."""
+        copy = self._copies.get(instance)
+        if copy is None:
+            copy = self._copies[instance] = View(self._instances[instance].limits, self._instances[instance].curve)
+        copy.copy_from(snapshot, snapshot.taken_s)
+        unseen = self._unseen[instance]
+        while unseen and unseen[0].arrives_s <= snapshot.taken_s:
+            unseen.popleft()
+        for dispatched in unseen:
+            _add(copy, dispatched)
+
+    def forget(self, instance: InstanceId) -> None:
+        """The instance died: what was known of it holds no more."""
+        self._copies.pop(instance, None)
+        self._unseen[instance].clear()
+
+    def _view(self, instance: InstanceId) -> View:
+        if self._fresh:
+            return self._instances[instance].view
+        copy = self._copies.get(instance)
+        if copy is None:  # no snapshot has come yet: it is as good as empty
+            copy = self._copies[instance] = View(self._instances[instance].limits, self._instances[instance].curve)
+        return copy
+
+    def _load(self, instance: InstanceId, view: View, now_s: float) -> Load:
+        running, waiting, waiting_tokens, free = view.engine.load()
+        limits = self._instances[instance].limits
+        return Load(
+            running, waiting, running + waiting, waiting_tokens, view.engine.unprocessed_tokens(),
+            self._recent.count(instance, now_s), free, limits.blocks_usable, limits.block_size,
+            0.0 if self._fresh else now_s - view.taken_s,
+        )  # fmt: skip
+
+    def _predict(
+        self, request: Request, estimate: Estimate, listed: Sequence[InstanceId], views: list[View], now_s: float
+    ) -> list[Prediction]:
+        renew_beliefs(views, self._bank)
+        harm = self.policy.rank.harm
+        total = round(estimate.expected_total(0))
+        most = min(self._instances[i].most_tokens(request.prompt_tokens, request.max_tokens) for i in listed)
+        answers = self._answers[: len(views)]
+        first = self._instances[listed[0]]
+        ask_all(
+            [view.engine for view in views], self._scratch, request.prompt_tokens, max(most, 1), np.array([total], np.int32),
+            self._hits, request.priority, now_s + self._model.network_s + first.input_s, self._model.horizon_s,
+            True, harm, answers,
+        )  # fmt: skip
+        way_s = self._model.network_s + first.input_s
+        return [
+            _prediction(row, way_s, self._instances[i].output_s, total, harm)
+            for row, i in zip(answers.tolist(), listed, strict=True)
+        ]
+
+
+def _add(view: View, dispatched: Dispatched) -> None:
+    # A gateway does not know when a request will stop: in its view it stops as estimated.
+    d = dispatched
+    view.add(d.prompt_tokens, d.most_tokens, d.most_tokens, d.estimate, d.arrives_s, d.label)
+
+
+def _prediction(row: list[float], way_s: float, output_s: float, total: int, harm: bool) -> Prediction:
+    delay_s, ttft_s, e2e_s, preemptions, truncated, harm_s = row
+    tpot_s = (e2e_s - ttft_s) / (total - 1) if total > 1 else None
+    return Prediction(
+        way_s + ttft_s + output_s, way_s + e2e_s + output_s, tpot_s, way_s + delay_s, round(preemptions),
+        harm_s if harm else None, truncated > 0,
+    )  # fmt: skip

@@ -1,0 +1,133 @@
+"""Start and stop real vLLM servers on this machine's CPU, with Block's plugin, for tests."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+START_S = 240.0
+STOP_S = 20.0
+REPOSITORY = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Program:
+    """One program in a process group of its own; ``stop`` ends the whole group."""
+
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        self.log = log
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, **environment},
+            )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def tail(self, lines: int = 25) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def kill(self) -> None:
+        """At once, all of it, as a machine that fails would."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def stop(self) -> None:
+        if self.running:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                pass
+        self._signal(signal.SIGKILL)  # also what the leader left behind
+        self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            pass
+
+
+class VllmServer(Program):
+    """``vllm serve`` on one core. ``plugin`` False starts it without Block's."""
+
+    def __init__(
+        self, python: Path, model: Path, log: Path, *, name: str, core: int = 0, plugin: bool = True,
+        arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name, self.port = name, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        settings = {
+            "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core), "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_PLUGINS": "block", "BLOCK_VLLM_CALM": "1",
+            "BLOCK_VLLM_NAME": name, "BLOCK_VLLM_OFF": "0" if plugin else "1", **(environment or {}),
+        }  # fmt: skip
+        command = [
+            str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "tiny", "--host", "127.0.0.1",
+            "--port", str(self.port), "--dtype", "bfloat16", "--enforce-eager", "--block-size", "32",
+            "--disable-uvicorn-access-log", *arguments,
+        ]  # fmt: skip
+        super().__init__(command, log, settings)
+
+    def wait(self) -> None:
+        """Until it answers.
+
+        Raises:
+            RuntimeError: it ended, or took longer than ``START_S``.
+        """
+        wait_healthy(self, self.url)
+
+
+def wait_healthy(program: Program, url: str, path: str = "/health", within_s: float = START_S) -> None:
+    """Until ``url`` answers 200.
+
+    Raises:
+        RuntimeError: the program ended, or did not answer in time.
+    """
+    give_up = time.monotonic() + within_s
+    while time.monotonic() < give_up:
+        if not program.running:
+            raise RuntimeError(f"{program.log.name}: the program ended:\n{program.tail()}")
+        try:
+            with urllib.request.urlopen(url + path, timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise RuntimeError(f"{program.log.name}: no answer within {within_s:.0f} s:\n{program.tail()}")
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":  # live.py PYTHON MODEL [ARGUMENT ...]: one server until interrupted
+    signal.signal(signal.SIGTERM, _interrupt)
+    server = VllmServer(Path(sys.argv[1]), Path(sys.argv[2]), Path("/tmp/vllm-live.log"), name="live", arguments=sys.argv[3:])
+    try:
+        server.wait()
+        sys.stdout.write(server.url + "\n")
+        sys.stdout.flush()
+        signal.pause()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.stop()
