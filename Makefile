@@ -1,34 +1,39 @@
-# One command per chore; CI runs the same ones.
+# One command per chore; CI runs the same ones. uv is used where it is installed, venv and pip otherwise.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+INSTALL = $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check)
 
-.PHONY: setup build test lint types check demo clean
+.PHONY: setup demo test lint types unit build bench profiles test-vllm constraints clean
 
-setup: $(BIN)/block
+demo: setup  ## the whole system on this machine
+	$(BIN)/block demo
 
-$(BIN)/block: pyproject.toml setup.py constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+test: setup lint types unit  ## what CI runs
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Block needs Python 3.11 or newer: set PYTHON=python3.11, for example.")'
+	$(if $(shell command -v uv),uv venv --quiet --allow-existing --python $(PYTHON) $(VENV),$(PYTHON) -m venv $(VENV))
+	$(INSTALL) -q -c constraints.txt -e '.[dev]'
 	@touch $@
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types:
+	$(BIN)/mypy
+
+unit:
+	$(BIN)/pytest -n 2
 
 build:  ## recompile the engine model after editing it
 	$(BIN)/python setup.py -q build_ext --inplace
 
-lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-
-types: setup
-	$(BIN)/mypy
-
-test: setup
-	$(BIN)/pytest -n 2
-
-check: lint types test
-
-demo: setup
-	$(BIN)/block demo
+constraints:  ## pin what is installed now
+	(head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable) > constraints.new && mv constraints.new constraints.txt
 
 clean:
 	rm -rf build dist src/*.egg-info

@@ -34,7 +34,7 @@ async def streamed(request: web.Request) -> web.StreamResponse:
     tokens = int(request.headers.get("x-emulate-output-tokens", body["max_tokens"]))
     if not body["stream"]:
         return web.json_response({"choices": [{"text": "x" * tokens}], "usage": {"completion_tokens": tokens}})
-    answer = web.StreamResponse(headers={"x-block-instance": "a", "x-block-predicted-e2e-s": "1.25"})
+    answer = web.StreamResponse(headers={"x-gateway-destination-endpoint": "a", "x-predicted-e2e-ms": "1250"})
     await answer.prepare(request)
     for i in range(tokens):
         choice = {"delta": {"content": f"{i} "}} if "messages" in body else {"text": f"{i} "}

@@ -64,7 +64,8 @@ def command(
     )
     for head in ("policy", "requests/s", "interval", "against the first"):
         table.add_column(head, justify="left" if head == "policy" else "right")
-    for one in found:
-        ratio = one.capacity_rps / found[0].capacity_rps - 1
-        table.add_row(one.policy, f"{one.capacity_rps:.2f}", f"{one.ci_low:.2f} - {one.ci_high:.2f}", f"{ratio:+.1%}")
+    for capacity in found:
+        ratio = capacity.capacity_rps / found[0].capacity_rps - 1
+        interval = f"{capacity.ci_low:.2f} - {capacity.ci_high:.2f}"
+        table.add_row(capacity.policy, f"{capacity.capacity_rps:.2f}", interval, f"{ratio:+.1%}")
     Console().print(table)

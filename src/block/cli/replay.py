@@ -202,11 +202,9 @@ def _summary(rows: "list[Row]", options: dict[str, Any]) -> Any:
 def _print(summary: Any, rows: "list[Row]", options: dict[str, Any], interrupted: bool) -> None:
     from collections import Counter
 
-    from rich.console import Console
+    from block.metrics.tables import stdout, summary_table
 
-    from block.metrics.tables import summary_table
-
-    console = Console()
+    console = stdout()
     console.print(summary_table({options["label"] or "all": summary}, first_column="run"))
     late_ms = summary.lateness_s_p99 * 1000
     console.print(f"load generator's own lateness: P50 {summary.lateness_s_p50 * 1000:.1f} ms, P99 {late_ms:.1f} ms")

@@ -64,9 +64,10 @@ POLICY_HELP = "How to choose an instance; options as in block-k:k=4. All names: 
 @click.option("--admin-key", help="Opens /admin; better in BLOCK_ADMIN_KEY.")
 @click.option("--request-bytes-max", type=int, help="Largest request body. [33554432]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[info]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready.")
 @click.option("--dump-config", is_flag=True, help="Print the whole configuration as TOML and exit.")
 @click.option("--check-config", is_flag=True, help="Check the configuration and exit.")
-def command(config_file: str | None, dump_config: bool, check_config: bool, **flags: Any) -> None:
+def command(config_file: str | None, as_json: bool, dump_config: bool, check_config: bool, **flags: Any) -> None:
     """Serve OpenAI's API in front of several engines, sending each request where it is predicted to do best.
 
     Every option is also a variable (BLOCK_PORT, BLOCK_POLICY, ...; lists are separated by spaces) and a key of the TOML
@@ -96,7 +97,7 @@ def command(config_file: str | None, dump_config: bool, check_config: bool, **fl
         config.all_keys()
         click.echo(f"The configuration is fine: {len(config.instances)} instances, policy {config.policy}.")
     else:
-        _serve(config, load)
+        _serve(config, load, as_json)
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -114,9 +115,11 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _serve(config: Any, reload: Any) -> None:
+def _serve(config: Any, reload: Any, as_json: bool) -> None:
     import asyncio
+    import json
     import logging
+    import os
 
     from block.errors import ConfigError
     from block.gateway.serve import Gateway, run
@@ -127,6 +130,9 @@ def _serve(config: Any, reload: Any) -> None:
 
     def started(gateway: Gateway) -> None:
         ready = len(gateway.pool.ready())
+        if as_json:
+            click.echo(json.dumps({"url": f"http://{config.host}:{gateway.port}", "pid": os.getpid(), "ready": ready}))
+            return
         click.echo(
             f"block serve: http://{config.host}:{gateway.port}, policy {config.policy}, "
             f"{ready} of {len(gateway.pool.instances)} instances ready",

@@ -34,7 +34,7 @@ def command(
 
     from block.metrics import row_writer, summarize
     from block.metrics.charts import check_chart_path, latency_chart
-    from block.metrics.tables import summary_json, summary_table
+    from block.metrics.tables import stdout, summary_json, summary_table
     from block.simulate import load_config, simulate
     from block.simulate.sweep import varied
 
@@ -64,4 +64,4 @@ def command(
         click.echo(json.dumps({"name": base.name, "policies": {p: summary_json(s) for p, s in summaries.items()}}))
     else:
         rate = "" if base.workload.rate_rps is None else f", {base.workload.rate_rps:g} requests/s"
-        Console().print(summary_table(summaries, f"{base.name or config.name}{rate}, seed {base.seed}"))
+        stdout().print(summary_table(summaries, f"{base.name or config.name}{rate}, seed {base.seed}"))

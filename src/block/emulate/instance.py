@@ -71,16 +71,10 @@ class Instance:
         if wanted_output is None:
             wanted_output = max_tokens if job.exact_output else self.lengths.next()
         arrived_s = self.clock.now_s()
-        sequence = Sequence(
-            self._key(request_id),
-            job.prompt_tokens,
-            max_tokens,
-            max(wanted_output, 1),
-            job.priority,
-            arrived_s,
-            None,
-            arrived_s,
-        )
+        sequence = Sequence(  # type: ignore[no-untyped-call]
+            self._key(request_id), job.prompt_tokens, max_tokens, max(wanted_output, 1),
+            priority=job.priority, order=arrived_s, arrived_s=arrived_s,
+        )  # fmt: skip
         if not self.engine.scheduler.can_ever_run(sequence):
             raise bad_request(
                 f"This request needs more KV cache than the {limits.blocks_usable} blocks of {limits.block_size} "

@@ -5,6 +5,7 @@ import hmac
 import logging
 import os
 import re
+from time import monotonic
 from typing import Any, Final
 from urllib.parse import unquote
 

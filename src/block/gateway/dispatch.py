@@ -26,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from random import Random
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from block.core import Candidate, Decision, InstanceId, Request

@@ -8,6 +8,7 @@ Nothing of an answer is kept except its last bytes (for the usage). The dispatch
 """
 
 import asyncio
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from block.core import Decision, Prediction, Request

@@ -8,6 +8,7 @@ in that time. Suspicion withdraws new requests while there is somebody else, and
 import asyncio
 import logging
 from random import Random
+from time import monotonic
 from typing import Final
 
 import aiohttp

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from time import monotonic
 from typing import Any, Final
 
 import aiohttp
@@ -218,7 +219,7 @@ class Gateway(Membership):
     # Ticks
 
     async def _sweep(self) -> None:
-        loop, turn = asyncio.get_running_loop(), 0
+        turn = 0
         while True:
             due_s = monotonic() + SWEEP_S
             await asyncio.sleep(SWEEP_S)
@@ -238,7 +239,6 @@ class Gateway(Membership):
                 client.close_if_idle()
 
     async def _look(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(WATCH_S)
             self._watch.look(monotonic(), time.time())

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from random import Random
+from time import monotonic
 from typing import Any, Final, cast
 from urllib.parse import urlsplit
 

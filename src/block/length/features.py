@@ -3,6 +3,7 @@
 All of it is a few regular expressions and counts over at most `SEEN_CHARS` of the text, so its cost has a bound.
 """
 
+import itertools
 import math
 import re
 import zlib
@@ -15,6 +16,9 @@ from block.length.text import clipped, split_chat
 
 SEEN_CHARS = 4096
 """Characters of the last message that are looked at: head and tail of a longer one."""
+
+ABSENT = -1.0
+"""A feature that the request does not have (logarithms of counts are never negative)."""
 
 WORDS_MAX = 400
 HASH_BITS = 15
@@ -42,21 +46,31 @@ _NUMBERS = {
     "single": 1, "couple": 2, "few": 3, "several": 5,
 }  # fmt: skip
 
+_CUE_WORDS = """
+brief: brief briefly short concise concisely succinct shortly quick quickly tldr tl summary simple only just
+long: detailed detail detailing comprehensive thorough thoroughly extensive elaborate depth long full complete
+    explain
+prose: essay story article blog post poem song lyrics script speech letter email report proposal novel chapter
+    dialogue review
+code: code function program script python java javascript c++ sql html css class algorithm api implement regex query
+    bash react
+list: list steps ways ideas examples tips table enumerate bullet itinerary outline plan guide
+fact: who when where which whose year capital name date
+how: how why explain describe discuss compare contrast analyze analyse evaluate
+rework: rewrite edit correct fix paraphrase rephrase translate summarize summarise proofread convert reword change
+    improve grammar replace
+choose: classify identify categorize label choose select detect true false yes no sentiment option correct
+compute: calculate compute solve equation sum probability find convert average integral derivative
+create: write create generate compose design make develop draft build imagine roleplay pretend act
+"""
 CUES: dict[str, frozenset[str]] = {
-    "brief": frozenset("brief briefly short concise concisely succinct shortly quick quickly tldr tl summary simple only just".split()),
-    "long": frozenset("detailed detail detailing comprehensive thorough thoroughly extensive elaborate depth long full complete explain".split()),
-    "prose": frozenset("essay story article blog post poem song lyrics script speech letter email report proposal novel chapter dialogue review".split()),
-    "code": frozenset("code function program script python java javascript c++ sql html css class algorithm api implement regex query bash react".split()),
-    "list": frozenset("list steps ways ideas examples tips table enumerate bullet itinerary outline plan guide".split()),
-    "fact": frozenset("who when where which whose year capital name date".split()),
-    "how": frozenset("how why explain describe discuss compare contrast analyze analyse evaluate".split()),
-    "rework": frozenset("rewrite edit correct fix paraphrase rephrase translate summarize summarise proofread convert reword change improve grammar replace".split()),
-    "choose": frozenset("classify identify categorize label choose select detect true false yes no sentiment option correct".split()),
-    "compute": frozenset("calculate compute solve equation sum probability find convert average integral derivative".split()),
-    "create": frozenset("write create generate compose design make develop draft build imagine roleplay pretend act".split()),
-}  # fmt: skip
+    name: frozenset(words.split())
+    for name, _, words in (line.partition(":") for line in _CUE_WORDS.replace("\n    ", " ").strip().splitlines())
+}
+"""Words that tell what kind of answer is asked for, by kind."""
 
-_WORD = re.compile(r"[^\W_]+(?:['’+#][^\W_]*)*")  # noqa: RUF001 (both apostrophes are meant)
+_WIDE = "\u2e80-\U0003ffff"  # scripts without spaces: every character counts as a word
+_WORD = re.compile(rf"[{_WIDE}]|[^\W_{_WIDE}]+(?:['\u2019+#][^\W_{_WIDE}]*)*")
 _BULLET = re.compile(r"(?m)^\s*(?:[-*•]|\d+[.)])\s")
 _OPTION = re.compile(r"(?m)(?:^|\s)\(?[A-Da-d][).:]\s")
 _INDENTED = re.compile(r"(?m)^(?: {4}|\t)\S")
@@ -89,7 +103,7 @@ def features_of(text: str, max_tokens: int | None = None) -> Features:
 
 
 def _log(count: float | None) -> float:
-    return math.nan if count is None else math.log1p(count)
+    return ABSENT if count is None else math.log1p(count)
 
 
 def _shape(last: str, seen: str, words: list[str]) -> list[float]:
@@ -129,15 +143,15 @@ def _conversation(spoken: list[tuple[str, str]]) -> list[float]:
     return [
         float(len(asked)),
         _log(system),
-        _log(sum(answers) / len(answers)) if answers else math.nan,
-        _log(answers[-1]) if answers else math.nan,
-        _log(asked[0]) if asked else math.nan,
+        _log(sum(answers) / len(answers)) if answers else ABSENT,
+        _log(answers[-1]) if answers else ABSENT,
+        _log(asked[0]) if asked else ABSENT,
     ]
 
 
 def _counts(words: list[str]) -> list[float]:
     """Explicit amounts: "in 200 words", "two short paragraphs", "top 10 ideas" -> the number by unit."""
-    amounts = dict.fromkeys(UNITS, math.nan)
+    amounts = dict.fromkeys(UNITS, ABSENT)
     numbers = [(place, number) for place, word in enumerate(words) if (number := _number(word)) is not None]
     for place, number in numbers[:16]:
         for word in words[place + 1 : place + 4]:
@@ -146,7 +160,7 @@ def _counts(words: list[str]) -> list[float]:
                 amounts[unit] = math.log1p(number)
                 break
     largest = max((number for _, number in numbers), default=None)
-    return [*amounts.values(), _log(min(largest, 1e6)) if largest is not None else math.nan, float(len(numbers))]
+    return [*amounts.values(), _log(min(largest, 1e6)) if largest is not None else ABSENT, float(len(numbers))]
 
 
 def _number(word: str) -> float | None:
@@ -163,7 +177,7 @@ def _cues(words: list[str]) -> list[float]:
 def _hashed(words: list[str]) -> NDArray[np.int32]:
     """Words, pairs of neighbours and the first and last words, hashed; the head and the tail of a long text."""
     kept = words if len(words) <= WORDS_MAX else words[: WORDS_MAX - 100] + words[-100:]
-    terms = kept + [f"{a} {b}" for a, b in zip(kept, kept[1:], strict=False)]
+    terms = kept + [f"{a} {b}" for a, b in itertools.pairwise(kept)]
     terms += [f"^{' '.join(kept[:n])}" for n in (1, 2, 3)] + [f"{' '.join(kept[-n:])}$" for n in (1, 2)]
     hashes = {zlib.crc32(term.encode("utf-8", "surrogatepass")) & (HASH_SIZE - 1) for term in terms}
     return np.fromiter(hashes, dtype=np.int32, count=len(hashes))

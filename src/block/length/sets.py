@@ -63,7 +63,7 @@ def _file(path: Path, model: str) -> Iterator[Record]:
         for row in _loads(path.read_bytes()):
             yield _instruction(row, model or "gpt-4", name)
         return
-    first = next((line for line in _loads_lines(path.read_bytes())), {})
+    first: dict[str, Any] = next(_loads_lines(path.read_bytes()), {})
     if "user_query" in first:
         for row in _loads_lines(path.read_bytes()):
             tokens = answer_tokens(row["chatgpt_response"])
@@ -92,8 +92,8 @@ def _archive(path: Path) -> Iterator[Record]:
     if any(file.endswith("question.jsonl") for file in files):
         yield from _arena(files, name)
         return
-    for file, raw in files.items():
-        if file.endswith((".json", ".jsonl")):
+    for member_name, raw in files.items():
+        if member_name.endswith((".json", ".jsonl")):
             yield from _sampling_report(json.loads(raw), name)
 
 

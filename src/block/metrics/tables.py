@@ -1,9 +1,11 @@
 """Summaries as a table for people and as JSON for programs."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+from rich.console import Console
 from rich.table import Table
 
 from block.metrics.summary import Summary
@@ -17,7 +19,7 @@ _SECONDS = (
 def summary_table(summaries: Mapping[str, Summary], title: str | None = None, *, first_column: str = "policy") -> Table:
     """One line a summary. The best figure of each latency column is bold."""
     table = Table(title=title, caption="latencies in seconds from the intended send; TPOT in milliseconds")
-    table.add_column(first_column)
+    table.add_column(first_column, no_wrap=True)
     for head in (*(head for head, _ in _SECONDS), "TPOT ms", "preempted", "failed", "requests/s", "SLO met"):
         table.add_column(head, justify="right")
     best = {
@@ -35,6 +37,11 @@ def summary_table(summaries: Mapping[str, Summary], title: str | None = None, *,
             "-" if summary.slo_attainment_fraction is None else f"{summary.slo_attainment_fraction:.1%}",
         )
     return table
+
+
+def stdout() -> Console:
+    """The terminal, or 120 columns where it is none (rich would take 80 and cut the table)."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def summary_json(summary: Summary) -> dict[str, Any]:

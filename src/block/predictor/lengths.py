@@ -15,6 +15,7 @@ from block.length.table import make_estimator
 from block.predict.snapshot import EXACT, FLAGS, MAX_TOKENS, OUTPUT, SAMPLES_1, SAMPLES_2, EngineSnapshot
 
 Ints = npt.NDArray[np.int32]
+_NEARLY = 8  # tokens that a request may have got unseen before it left
 SCENARIOS = 9  # lengths that stand for a distribution, each as likely
 
 
@@ -46,7 +47,7 @@ class LengthHistory:
         if snapshot.epoch == self._epoch and int(snapshot.header["waiting_total"]) <= len(rows[0]) - running:
             for key in self._present.keys() - present.keys():
                 tokens, most = self._present[key]
-                if 0 < tokens < most:  # one that was cut off at its bound says too little
+                if 0 < tokens < most - _NEARLY:  # one that was cut off at its bound says too little
                     self._estimator.observe(_unknown(most), tokens)
                     self.observed += 1
         self._epoch, self._present = snapshot.epoch, present

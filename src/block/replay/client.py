@@ -20,9 +20,9 @@ from block.workload.offered import Offered
 
 LengthMode = Literal["exact", "header", "natural"]
 LENGTH_HEADER: Final = "x-emulate-output-tokens"
-INSTANCE_HEADER: Final = "x-block-instance"
-PREDICTED_TTFT_HEADER: Final = "x-block-predicted-ttft-s"
-PREDICTED_E2E_HEADER: Final = "x-block-predicted-e2e-s"
+INSTANCE_HEADER: Final = "x-gateway-destination-endpoint"
+PREDICTED_TTFT_HEADER: Final = "x-predicted-ttft-ms"
+PREDICTED_E2E_HEADER: Final = "x-predicted-e2e-ms"
 
 
 class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,8 +189,8 @@ class _Run:
                 intended_s=one.request.arrived_s, sent_s=sent_s, first_token_s=first_token_s,
                 finished_s=self._now_s() - self._start_s, prompt_tokens=one.request.prompt_tokens,
                 output_tokens=output_tokens,
-                predicted_ttft_s=_seconds(answer.headers.get(PREDICTED_TTFT_HEADER)),
-                predicted_e2e_s=_seconds(answer.headers.get(PREDICTED_E2E_HEADER)),
+                predicted_ttft_s=_from_ms(answer.headers.get(PREDICTED_TTFT_HEADER)),
+                predicted_e2e_s=_from_ms(answer.headers.get(PREDICTED_E2E_HEADER)),
             )  # fmt: skip
 
     async def _read_stream(self, answer: aiohttp.ClientResponse) -> tuple[float | None, int]:
@@ -230,8 +230,8 @@ def _tokens_of(body: bytes) -> int:
         raise _FailedError("the answer has no usage.completion_tokens") from None
 
 
-def _seconds(text: str | None) -> float | None:
+def _from_ms(text: str | None) -> float | None:
     try:
-        return None if text is None else float(text)
+        return None if text is None else float(text) / 1e3
     except ValueError:
         return None

@@ -121,7 +121,7 @@ class _Search:
             known = self._holds or self._fails
             assert known is not None
             self._asked_rps = known[0] * self._step if self._fails is None else known[0] / self._step
-            self._step *= self._step  # widening fast: 1.08, 1.17, 1.36, 1.85 ...
+            self._step = min(self._step**2, 2.0)  # 1.08, 1.17, 1.36, 1.85, 2, 2 ...
             if not 1 / 64 <= self._asked_rps / self._start_rps <= 64:
                 raise ConfigError(
                     f"No capacity between {self._start_rps / 64:.2g} and {self._start_rps * 64:.2g} requests/s: "

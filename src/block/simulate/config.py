@@ -59,7 +59,10 @@ class GatewayModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Instance number ``instance`` (from 0) dies at ``at_s``, is back, empty, ``for_s`` later, and is noticed after ``detection_s``."""
+    """Instance number ``instance`` (from 0) dies at ``at_s`` and is back, empty, ``for_s`` later.
+
+    The gateways notice after ``detection_s``; until then they are refused when they choose it.
+    """
 
     instance: int
     at_s: float

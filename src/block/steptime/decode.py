@@ -81,7 +81,7 @@ def fit_decode(logs: Sequence[tuple[StepLog, bool]]) -> DecodeFit | None:
     weights = balanced(cells, CELL_MOST)
     weights[context / n < CONTEXT_CELLS[0]] *= 0.5  # real batches are not that short; the sweep's are
     penalty = bends(knots, columns.shape[1], SMOOTH * MILLI / float(step_s.mean()))
-    found = solve(columns, step_s / MILLI, weights, penalty)
+    found = solve(columns, step_s / MILLI, weights / (step_s / MILLI), penalty)
     segments = len(knots)
     base = found[0] + np.concatenate([[0.0], np.cumsum(found[1:segments] * np.diff(knots))])
     return DecodeFit(

@@ -15,18 +15,23 @@ import numpy.typing as npt
 from block.engine.limits import EngineLimits
 from block.steptime.decode import MILLI, DecodeFit
 from block.steptime.profile import graph_tokens
-from block.steptime.regress import Floats, balanced, bends, rises, solve
+from block.steptime.regress import Floats, balanced, hinges, solve
+from block.steptime.roofline import Arithmetic
 from block.steptime.steplog import StepLog
 
-KNOTS = np.array([0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192], dtype=float)
+KNOTS = np.array([0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096], dtype=float)
 DECODE, GRAPH, EAGER = 0, 1, 2  # kinds of launch
 KINDS = 3
 MARGIN_S = 1.5e-3  # a result this much later than the CPU was free shows the accelerator
-SURE_S = 0.5e-3  # a result this much later than the modelled end shows the launch
 FREE_FRACTION = 0.85  # the accelerator must be done by then for a launch to show unselected
-CLIP_PERCENTILE = 97  # longer launches are pauses of the host
+CLIP_PERCENTILE = 90  # slower launches are stalls of the host, which hide the slope
 DECODE_LAUNCH_S = 2e-3  # where nothing shows it: a captured graph's launch, scheduling and taking in results
-KNEE = 0.03
+KNEE = 0.05  # relative errors beyond are stalls: they count linearly
+TAIL_PERCENTILE = 5
+LEAST_FRACTION = 0.7  # a step with prefill is not much faster than its decoding part alone
+PRIOR_TOKENS = (1024.0, 2048.0, 4096.0)
+PRIOR_WEIGHT = 0.3  # of one measured step each
+PRIOR_HIDDEN = 0.8  # of a decode step
 CELL_MOST = 60
 LAUNCHES_FEW = 10
 
@@ -37,26 +42,22 @@ class LaunchFit(msgspec.Struct, frozen=True, eq=False):
     kind_s: Floats
     request_s: float
 
+    @property
+    def head_s(self) -> float:
+        """From scheduling to the first kernel: what launching a captured graph takes, which is one launch."""
+        return float(self.kind_s[DECODE])
+
     def seconds(self, log: StepLog, kinds: npt.NDArray[np.int64]) -> Floats:
         return self.kind_s[kinds] + self.request_s * (log.decode_requests + log.chunks)
 
 
-class MixedFit(msgspec.Struct, frozen=True, eq=False):
+class PrefillFit(msgspec.Struct, frozen=True, eq=False):
+    """What prefills add to a step: convex in their tokens, as of work bound first by memory and then by arithmetic."""
+
     knots: Floats
     base: Floats
-    kv_s: float
     attention_s: float
     chunk_s: float
-    decode_request_s: float
-    head_s: float
-
-    def seconds(self, log: StepLog) -> Floats:
-        slope = (self.base[-1] - self.base[-2]) / (self.knots[-1] - self.knots[-2])
-        base = np.interp(log.tokens, self.knots, self.base) + np.maximum(log.tokens - self.knots[-1], 0) * slope
-        return (
-            base + self.kv_s * log.context + self.attention_s * log.prefill_work
-            + self.chunk_s * log.chunks + self.decode_request_s * log.decode_requests
-        )  # fmt: skip
 
 
 class Observed(msgspec.Struct, frozen=True, eq=False):
@@ -112,38 +113,54 @@ def ends(one: Observed, waited: npt.NDArray[np.bool_]) -> Floats:
     return found
 
 
-def fit_launch(seen: Sequence[Observed], start: LaunchFit, mixed: MixedFit | None) -> LaunchFit:
-    """Mean launch times by kind, from the steps whose launch is what the result before them waited for."""
+def fit_launch(seen: Sequence[Observed], start: LaunchFit) -> LaunchFit:
+    """Mean launch times by kind, from steps whose launch is what the decode step before them waited for.
+
+    The mean, stalls of the host included, because it is what adds up. A decode-only step's launch shows only where a small
+    prefill ran before it: the shortest ones.
+    """
     rows: list[Floats] = []
+    tails: list[Floats] = []
     for one in seen:
         log, s, u = one.log, one.log.scheduled_s, one.log.finished_s
         usual = start.seconds(log, one.kinds)
         end = ends(one, waited_for(one, usual))
         k = np.arange(2, len(s) - 1)
-        work = one.decode_s if mixed is None else np.where(log.pure_decode, one.decode_s, mixed.seconds(log) + one.caching_s)
-        before = np.where(log.pure_decode[k - 1], end[k - 1], end[k - 2] + work[k - 1])
-        shows = (s[k] < u[k - 1]) & (s[k - 1] < u[k - 2])  # two in flight
-        shows &= (before - u[k - 2] < FREE_FRACTION * usual[k]) & (u[k - 1] - before > SURE_S)
-        shows &= log.pure_decode[k - 1] | (mixed is not None)
-        k = k[shows]
+        in_flight = (s[k] < u[k - 1]) & (s[k - 1] < u[k - 2])
+        tails.append((u[k - 1] - u[k - 2])[in_flight & log.pure_decode[k] & ~log.pure_decode[k - 1]])
+        free = end[k - 1] - u[k - 2] < FREE_FRACTION * usual[k]
+        k = k[in_flight & log.pure_decode[k - 1] & ~log.pure_decode[k] & free]
         rows.append(np.column_stack([one.kinds[k], log.decode_requests[k] + log.chunks[k], u[k - 1] - u[k - 2]]))
+    request_s = _slope(rows)
     found = np.concatenate(rows)
-    kind, seconds = found[:, 0].astype(int), found[:, 2].copy()
-    enough = [i for i in range(KINDS) if (kind == i).sum() >= LAUNCHES_FEW]
-    if not enough:
-        return start
-    for i in enough:
-        seconds[kind == i] = np.minimum(seconds[kind == i], np.percentile(seconds[kind == i], CLIP_PERCENTILE))
-    use = np.isin(kind, enough)
-    columns = np.column_stack([*(kind[use] == i for i in range(KINDS)), found[use, 1]]).astype(float)
-    solved = solve(columns, seconds[use] / MILLI, seconds[use] / MILLI, np.zeros((0, KINDS + 1)))  # absolute errors
     result = start.kind_s.copy()
-    result[enough] = solved[enough] * MILLI
-    return LaunchFit(np.maximum.accumulate(result), float(solved[KINDS] * MILLI))
+    for kind in (GRAPH, EAGER):
+        of_kind = found[found[:, 0] == kind]
+        if len(of_kind) >= LAUNCHES_FEW:
+            result[kind] = max(float((of_kind[:, 2] - request_s * of_kind[:, 1]).mean()), 0.0)
+    tail = np.concatenate(tails)
+    if len(tail) >= LAUNCHES_FEW:
+        result[DECODE] = min(float(np.percentile(tail, TAIL_PERCENTILE)), DECODE_LAUNCH_S)
+    return LaunchFit(np.maximum.accumulate(result), request_s)
 
 
-def work_samples(one: Observed, launch: LaunchFit) -> tuple[npt.NDArray[np.int64], Floats, npt.NDArray[np.bool_]]:
-    """Steps with prefill whose work on the accelerator is seen: their indices, seconds, and whether it had been idle."""
+def _slope(rows: list[Floats]) -> float:
+    """Seconds a launch takes longer per request: within each log, of the launches that vary least (CUDA graphs)."""
+    x, y = [], []
+    for row in rows:
+        graph = row[row[:, 0] == GRAPH]
+        if len(graph) >= LAUNCHES_FEW:
+            graph = graph[graph[:, 2] <= np.percentile(graph[:, 2], CLIP_PERCENTILE)]
+            x.append(graph[:, 1] - graph[:, 1].mean())
+            y.append(graph[:, 2] - graph[:, 2].mean())
+    if not x:
+        return 0.0
+    requests, seconds = np.concatenate(x), np.concatenate(y)
+    return max(float(requests @ seconds / max(requests @ requests, 1.0)), 0.0)
+
+
+def work_samples(one: Observed, launch: LaunchFit) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Steps with prefill whose work on the accelerator is seen: their indices and seconds."""
     s, u = one.log.scheduled_s, one.log.finished_s
     usual = launch.seconds(one.log, one.kinds)
     waited = waited_for(one, usual)
@@ -151,32 +168,39 @@ def work_samples(one: Observed, launch: LaunchFit) -> tuple[npt.NDArray[np.int64
     k = np.flatnonzero(waited & ~one.log.pure_decode)
     k = k[(k >= 2) & (k < len(s) - 1)]
     idle = u[k - 1] < s[k]
-    began = np.where(idle, s[k], end[k - 1])
+    began = np.where(idle, s[k] + launch.head_s, end[k - 1])
     took = np.where(idle, s[k + 1] - s[k], np.minimum(u[k - 1] - s[k], 2 * usual[k]))  # its launch, at most
-    seen = ~np.isnan(began) & (u[k] > s[k] + took + MARGIN_S)
-    return k[seen], (u[k] - began)[seen], idle[seen]
+    work = u[k] - began
+    seen = ~np.isnan(began) & (u[k] > s[k] + took + MARGIN_S) & (work > LEAST_FRACTION * one.decode_s[k])
+    return k[seen], work[seen]
 
 
-def fit_mixed(seen: Sequence[Observed], launch: LaunchFit) -> MixedFit | None:
-    """Fit the accelerator's work in steps with prefill; ``None`` if too few show it."""
-    columns, work, cells, tokens_most = [], [], [], 0.0
+def fit_prefill(seen: Sequence[Observed], launch: LaunchFit, prior: Arithmetic | None) -> PrefillFit | None:
+    """Fit what prefills add to the accelerator's work; ``None`` if too few steps show it.
+
+    ``prior`` counts where nothing is measured.
+    """
     samples = [work_samples(one, launch) for one in seen]
-    tokens_most = max((float(o.log.tokens[k].max()) for o, (k, _, _) in zip(seen, samples, strict=True) if len(k)), default=0.0)
-    if sum(len(k) for k, _, _ in samples) < 2 * LAUNCHES_FEW:
+    if sum(len(k) for k, _ in samples) < 2 * LAUNCHES_FEW:
         return None
-    knots = KNOTS[: max(int(np.searchsorted(KNOTS, tokens_most)) + 1, 3)]
-    for number, (one, (k, seconds, idle)) in enumerate(zip(seen, samples, strict=True)):
+    most = max(float(one.log.prefill_tokens[k].max()) for one, (k, _) in zip(seen, samples, strict=True) if len(k))
+    knots = KNOTS if prior is not None else KNOTS[: max(int(np.searchsorted(KNOTS, most)), 2)]
+    columns, added, weights = [], [], []
+    for one, (k, seconds) in zip(seen, samples, strict=True):
         log = one.log
-        columns.append(np.column_stack([
-            rises(log.tokens[k], knots), log.context[k] / 1e3, log.prefill_work[k] / 1e6, log.chunks[k],
-            log.decode_requests[k], idle.astype(float),
-        ]))  # fmt: skip
-        work.append(seconds - one.caching_s)
-        cells.append(np.searchsorted(knots, log.tokens[k]) * 100 + number)
-    matrix, target = np.concatenate(columns), np.concatenate(work) / MILLI
-    weights = balanced(np.concatenate(cells), CELL_MOST)
-    found = solve(matrix, target, weights, bends(knots, matrix.shape[1], 1.0), KNEE)
+        columns.append(np.column_stack([hinges(log.prefill_tokens[k], knots), log.prefill_work[k] / 1e6, log.chunks[k]]))
+        added.append((seconds - one.decode_s[k]) / MILLI)
+        weights.append(balanced(np.searchsorted(knots, log.prefill_tokens[k]), CELL_MOST) / (seconds / MILLI))
+    if prior is not None:
+        tokens = np.array(PRIOR_TOKENS)
+        work = tokens**2 / 2
+        expected = (prior.token_s * tokens + prior.attention_s * work) / MILLI
+        columns.append(np.column_stack([hinges(tokens, knots), work / 1e6, np.ones(len(tokens))]))
+        # The weights are read once a step: their time is in the decode table already, and hidden by arithmetic here.
+        added.append(expected - PRIOR_HIDDEN * float(np.median(seen[0].decode_s)) / MILLI)
+        weights.append(PRIOR_WEIGHT / expected)
+    matrix = np.concatenate(columns)
+    found = solve(matrix, np.concatenate(added), np.concatenate(weights), np.zeros((0, matrix.shape[1])), KNEE)
     n = len(knots)
-    base = found[0] + np.concatenate([[0.0], np.cumsum(found[1:n] * np.diff(knots))])
-    kv, attention, chunk, request, head = found[n:] * MILLI
-    return MixedFit(knots, base * MILLI, float(kv / 1e3), float(attention / 1e6), float(chunk), float(request), float(head))
+    until = np.append(knots, 2 * knots[-1])
+    return PrefillFit(until, hinges(until, knots) @ found[:n] * MILLI, float(found[n] * MILLI / 1e6), float(found[n + 1] * MILLI))

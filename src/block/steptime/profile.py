@@ -28,8 +28,8 @@ class RegimeError(msgspec.Struct, frozen=True, kw_only=True):
 class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Seconds per step of one (GPU, model, tensor parallelism); see ``curve.StepCurve`` for the formula.
 
-    ``decode_knots``: (decode requests, seconds), ``mixed_knots``: (tokens in a step with prefill, seconds), both
-    linear between knots and beyond the last two. ``caching_s``: what every step takes longer with prefix caching on.
+    ``decode_knots``: (decode requests, seconds), ``prefill_knots``: (prefill tokens of a step, seconds more), both linear
+    between knots and beyond the last two. ``caching_s``: what every step takes longer with prefix caching on.
     ``input_s``: from the API's arrival to the scheduler's queue; ``output_s`` + ``output_request_s`` per request of the
     batch: from a step's results to the caller.
     """
@@ -41,12 +41,10 @@ class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     source: str = ""
     licence: str = ""
     decode_knots: Knots
-    mixed_knots: Knots
+    prefill_knots: Knots
     kv_s: float
-    kv_mixed_s: float = 0.0
     attention_s: float = 0.0
     chunk_s: float = 0.0
-    decode_request_s: float = 0.0
     caching_s: float = 0.0
     launch_decode_s: float = 0.0
     launch_graph_s: float = 0.0
@@ -67,9 +65,8 @@ class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         limits = limits or EngineLimits()
         more_s = self.caching_s if limits.enable_prefix_caching else 0.0
         return StepCurve(
-            _dense(self.decode_knots, scale, more_s), _dense(self.mixed_knots, scale, more_s),
-            self.kv_s * scale, self.kv_mixed_s * scale, self.attention_s * scale, self.chunk_s * scale,
-            self.decode_request_s * scale, self.launch_decode_s * scale, self.launch_graph_s * scale,
+            _dense(self.decode_knots, scale, more_s), _dense(self.prefill_knots, scale), self.kv_s * scale,
+            self.attention_s * scale, self.chunk_s * scale, self.launch_decode_s * scale, self.launch_graph_s * scale,
             self.launch_eager_s * scale, self.launch_request_s * scale, self.head_s * scale, graph_tokens(limits),
         )  # fmt: skip
 
@@ -79,7 +76,7 @@ def graph_tokens(limits: EngineLimits) -> int:
     return min(GRAPH_TOKENS_MOST, 2 * limits.max_num_seqs)
 
 
-def _dense(knots: Knots, scale: float, more_s: float) -> "array[float]":
+def _dense(knots: Knots, scale: float, more_s: float = 0.0) -> "array[float]":
     import numpy as np
 
     x, y = np.array(knots, dtype=float).T

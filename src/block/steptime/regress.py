@@ -17,6 +17,14 @@ def rises(x: Floats, knots: Floats) -> Floats:
     return np.column_stack([np.ones(len(x)), *(np.clip(x - low, 0, length) for low, length in zip(knots, lengths, strict=False))])
 
 
+def hinges(x: Floats, knots: Floats) -> Floats:
+    """Columns whose non-negative combinations are the convex non-decreasing piecewise-linear functions with these knots.
+
+    Shape (len(x), len(knots)): a constant, then how far ``x`` is beyond each knot but the last.
+    """
+    return np.column_stack([np.ones(len(x)), *(np.maximum(x - low, 0) for low in knots[:-1])])
+
+
 def bends(knots: Floats, columns: int, strength: float) -> Floats:
     """Penalty rows that pull the slopes of neighbouring segments (columns 1 ... of ``rises``) together."""
     rows = np.zeros((max(len(knots) - 2, 0), columns))
@@ -33,15 +41,14 @@ def balanced(cells: npt.NDArray[np.int64], most: int) -> Floats:
 
 
 def solve(columns: Floats, target: Floats, weights: Floats, penalty: Floats, knee: float | None = None) -> Floats:
-    """Non-negative coefficients that minimise the weighted *relative* error.
+    """Non-negative coefficients that minimise sum (weight x error)^2, plus the penalty rows.
 
-    ``knee``: relative errors beyond it count linearly, not squared (iteratively reweighted); ``None``: all squared.
+    ``knee``: weighted errors beyond it count linearly, not squared (iteratively reweighted); ``None``: all squared.
     """
     zeros = np.zeros(len(penalty))
-    scale = weights / target
-    found: Floats = nnls(np.vstack([columns * scale[:, None], penalty]), np.concatenate([target * scale, zeros]))[0]
+    found: Floats = nnls(np.vstack([columns * weights[:, None], penalty]), np.concatenate([target * weights, zeros]))[0]
     for _ in range(8 if knee else 0):
-        error = (columns @ found) / target - 1
-        softer = scale / np.sqrt(np.sqrt(1 + (error / knee) ** 2))
+        error = (columns @ found - target) * weights
+        softer = weights / np.sqrt(np.sqrt(1 + (error / knee) ** 2))
         found = nnls(np.vstack([columns * softer[:, None], penalty]), np.concatenate([target * softer, zeros]))[0]
     return found

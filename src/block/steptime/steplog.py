@@ -60,6 +60,8 @@ class Run(msgspec.Struct, frozen=True):
     tensor_parallel: int
     limits: EngineLimits
     stages: list[str]
+    durations_s: dict[str, float]  # of the stages that state it
+    model_config: dict[str, Any]
 
 
 def read_run(path: Path) -> Run:
@@ -89,7 +91,15 @@ def read_run(path: Path) -> Run:
         tensor_parallel=int(fields.get("tensor_parallel", 1)),
         limits=limits_from(fields),
         stages=stages,
+        durations_s=_durations(fields.get("stages")),
+        model_config=dict(fields.get("model_config") or {}),
     )
+
+
+def _durations(stages: object) -> dict[str, float]:
+    if not isinstance(stages, Mapping):
+        return {}
+    return {k: float(v["duration_s"]) for k, v in stages.items() if isinstance(v, Mapping) and "duration_s" in v}
 
 
 def read_rows(file: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:

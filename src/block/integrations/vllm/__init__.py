@@ -8,6 +8,7 @@ compiled. Options come from the environment, because vLLM hands plugins nothing 
 ``BLOCK_VLLM_NAME``     the instance's name (default ``vllm``; data-parallel rank r > 0 adds ``-dp<r>``)
 ``BLOCK_VLLM_WAITING``  waiting requests described one by one (default 256); beyond, only their number and tokens are told
 ``BLOCK_VLLM_TRACE``    also record every decision into this file (see ``trace``)
+``BLOCK_VLLM_EMULATE``  a step-time profile: replace the forward pass by its latency (see ``emulated_gpu``)
 ``BLOCK_VLLM_CALM=1``   for tests on few cores: sleep where vLLM's message queues spin
 ``BLOCK_VLLM_OFF=1``    do nothing
 """
@@ -30,6 +31,7 @@ class PluginOptions(NamedTuple):
     name: str = "vllm"
     waiting_max: int = 256
     trace: Path | None = None
+    emulate: bool = False
     calm: bool = False
     off: bool = False
 
@@ -48,6 +50,7 @@ def options_from(environment: Mapping[str, str]) -> PluginOptions:
         name=environment.get("BLOCK_VLLM_NAME") or "vllm",
         waiting_max=int(waiting),
         trace=Path(trace) if trace else None,
+        emulate=bool(environment.get("BLOCK_VLLM_EMULATE")),
         calm=environment.get("BLOCK_VLLM_CALM") == "1",
         off=environment.get("BLOCK_VLLM_OFF") == "1",
     )
@@ -59,6 +62,10 @@ def register() -> None:
         options = options_from(os.environ)
         if options.calm:
             _calm_message_queues()
+        if options.emulate:
+            from block.integrations.vllm.emulated_gpu import emulate_gpu
+
+            emulate_gpu()
         refusal = refusal_for(_vllm_version())
         if options.off or refusal:
             if refusal:

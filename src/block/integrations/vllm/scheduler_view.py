@@ -1,6 +1,7 @@
 """What a vLLM V1 scheduler object holds, read the same way in every supported version (0.10 to 0.33)."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from block.engine.limits import EngineLimits
@@ -67,3 +68,21 @@ def external_id(request_id: str) -> str:
     assert prefix is not None
     name = _UNIQUE.sub("", request_id[prefix.end() :])
     return _CHOICE.sub("", name) if prefix[1] == "cmpl-" else name
+
+
+def shape_of(rows: Iterable[tuple[int, int, int]]) -> tuple[int, int, int, float, int]:
+    """Decode requests, context, prefill tokens, prefill work and chunks of a batch, as ``block.engine.scheduler.Batch`` has them.
+
+    ``rows``: for each request the tokens it computes, those computed before, and its prompt's length.
+    """
+    decodes = context = prefill_tokens = chunks = 0
+    work = 0.0
+    for tokens, before, prompt in rows:
+        if tokens == 1 and before >= prompt:
+            decodes += 1
+            context += before
+        else:
+            chunks += 1
+            prefill_tokens += tokens
+            work += tokens * (before + 0.5 * tokens)
+    return decodes, context, prefill_tokens, work, chunks

@@ -1,0 +1,5 @@
+"""``python -m block`` is ``block``."""
+
+from block.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""``block demo``: the whole system on one machine, as real processes."""

@@ -1,0 +1,73 @@
+"""The linear part of the length model: ridge regression on hashed words and dense features, one row per prompt."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.sparse.linalg import lsqr
+
+from block.length.distribution import Floats
+from block.length.model import CLIP
+
+RIDGES = (0.5, 1.0, 2.0, 4.0, 8.0, 32.0)
+_DENSE_SHARE = 0.15  # how much a dense feature, at one standard deviation, weighs against the whole bag of words
+
+
+class WordsRidge:
+    """Fits effect = w . x / |x| + v . clip(dense - mean) + intercept.
+
+    ``words``: sparse (rows, HASH_SIZE) of ones; ``dense``: (rows, dense); ``prompt``: (rows,) index of the prompt;
+    ``fold``: (rows,) fold of the prompt. Rows of one prompt are averaged, and count a little more than one row.
+    """
+
+    def __init__(
+        self, words: Any, dense: NDArray[np.float32], prompt: NDArray[np.int64], fold: NDArray[np.int64]
+    ) -> None:
+        _, first = np.unique(prompt, return_index=True)
+        self._prompt, self._fold = prompt, fold[first]
+        seen = np.asarray((words[first] > 0).sum(axis=0)).ravel()
+        self.rarity: NDArray[np.float32] = np.log((len(first) + 1) / (seen + 1)).astype(np.float32)
+        weighted = words[first].multiply(self.rarity).tocsr()
+        norms = np.sqrt(np.asarray(weighted.multiply(weighted).sum(axis=1)).ravel())
+        self.mean: NDArray[np.float32] = dense[first].mean(axis=0)
+        self._scale = _DENSE_SHARE / np.maximum(dense[first].std(axis=0), 0.02)
+        standard = np.clip(dense[first] - self.mean, -CLIP, CLIP) * self._scale
+        bag = sparse.diags(1.0 / np.maximum(norms, 1e-6)) @ weighted
+        self._columns = sparse.hstack([bag, sparse.csr_matrix(standard)]).tocsr()
+        self._ridge = RIDGES[0]
+
+    def out_of_fold(self, target: Floats) -> Floats:
+        """Effects of all rows, each from the other folds; picks the ridge that is best at it. Shape (rows,)."""
+        mean, weight = self._averaged(target)
+        scored = {ridge: self._scores(mean, weight, ridge) for ridge in RIDGES}
+        errors = {ridge: float(np.average(np.abs(mean - score), weights=weight)) for ridge, score in scored.items()}
+        self._ridge = min(errors, key=lambda ridge: errors[ridge])
+        out: Floats = scored[self._ridge][self._prompt]
+        return out
+
+    def fit(self, target: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+        """(w, v, intercept) on all rows, with the ridge that `out_of_fold` picked."""
+        mean, weight = self._averaged(target)
+        solution, intercept = self._solve(np.ones(len(mean), dtype=bool), mean, weight, self._ridge)
+        dense = len(self.mean)
+        return solution[:-dense].astype(np.float32), (solution[-dense:] * self._scale).astype(np.float32), intercept
+
+    def _averaged(self, target: Floats) -> tuple[Floats, Floats]:
+        rows = np.bincount(self._prompt)
+        return np.bincount(self._prompt, target) / rows, rows / (rows + 1.0)
+
+    def _scores(self, mean: Floats, weight: Floats, ridge: float) -> Floats:
+        score = np.zeros(len(mean))
+        for fold in np.unique(self._fold):
+            out = self._fold == fold
+            solution, intercept = self._solve(~out, mean, weight, ridge)
+            score[out] = self._columns[out] @ solution + intercept
+        return score
+
+    def _solve(self, rows: NDArray[np.bool_], mean: Floats, weight: Floats, ridge: float) -> tuple[Floats, float]:
+        root = np.sqrt(weight[rows])
+        intercept = float(np.average(mean[rows], weights=weight[rows]))
+        left = sparse.diags(root) @ self._columns[rows]
+        solution: Floats = lsqr(left, root * (mean[rows] - intercept), damp=float(np.sqrt(ridge)), iter_lim=150)[0]
+        return solution, intercept

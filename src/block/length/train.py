@@ -1,0 +1,240 @@
+"""Train a length model from records. Needs LightGBM (the extra ``block-llm[length]``); serving does not.
+
+Order of work, every step seeing only out-of-fold scores of the one before (folds are split by prompt):
+
+1. level of each served model: the median log-length;
+2. linear part (`ridge`) of what is left;
+3. trees for the location (absolute error) on the dense features, that score and the model's level;
+4. how much of each to mix, and each served model's slope, shrunk towards 1;
+5. trees for the spread, then the shapes of the standardised residuals by spread, with answers that were cut at
+   ``max_tokens`` counted as "longer than" (Kaplan and Meier's estimator).
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from block.errors import BadInputError, ConfigError
+from block.length.distribution import Floats
+from block.length.features import HASH_SIZE, Features, features_of
+from block.length.model import LengthModel, ServedModel
+from block.length.records import Record, prompt_key
+from block.length.ridge import WordsRidge
+from block.length.trees import DEPTH_MAX, Trees, from_lightgbm
+
+FOLDS = 5
+RECORDS_MIN = 50
+MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_SLOPES = np.linspace(0.0, 1.3, 27)
+_SHRINK = 30.0
+_SCALES = 14
+_KNOTS = 61
+
+
+class Table(msgspec.Struct, frozen=True):
+    """Records as arrays. ``words``: sparse (n, HASH_SIZE) of ones; ``prompt``: index of the normalised prompt."""
+
+    dense: NDArray[np.float32]
+    words: Any
+    log_tokens: Floats
+    truncated: NDArray[np.bool_]
+    model: NDArray[np.int64]
+    models: list[str]
+    prompt: NDArray[np.int64]
+    fold: NDArray[np.int64]
+
+
+def fold_of(text: str, folds: int = FOLDS, salt: str = "") -> int:
+    """The fold of a prompt: the same for all its normal forms, in every run."""
+    return zlib.crc32((salt + prompt_key(text)).encode()) % folds
+
+
+def tabulate(records: Sequence[Record]) -> Table:
+    """Features of all records (each distinct prompt once)."""
+    from scipy import sparse
+
+    seen: dict[tuple[str, int | None], Features] = {}
+    for r in records:
+        if (r.text, r.max_tokens) not in seen:
+            seen[r.text, r.max_tokens] = features_of(r.text, r.max_tokens)
+    rows = [seen[r.text, r.max_tokens] for r in records]
+    keys = {text: prompt_key(text) for text in {r.text for r in records}}
+    prompts = {key: place for place, key in enumerate(sorted(set(keys.values())))}
+    models = {name: place for place, name in enumerate(sorted({r.model for r in records}))}
+    starts = np.cumsum([0] + [len(row.words) for row in rows])
+    ones = np.ones(starts[-1], dtype=np.float32)
+    return Table(
+        dense=np.array([row.dense for row in rows]),
+        words=sparse.csr_matrix((ones, np.concatenate([row.words for row in rows]), starts), (len(rows), HASH_SIZE)),
+        log_tokens=np.log([max(r.output_tokens, 1) for r in records]),
+        truncated=np.array([r.truncated for r in records]),
+        model=np.array([models[r.model] for r in records]),
+        models=list(models),
+        prompt=np.array([prompts[keys[r.text]] for r in records]),
+        fold=np.array([fold_of(r.text, salt="inner") for r in records]),
+    )
+
+
+def fit(records: Sequence[Record], *, rounds: int = 250, threads: int = 2) -> LengthModel:
+    """A model of these records.
+
+    Raises:
+        BadInputError: fewer than ``RECORDS_MIN`` records, or too few different prompts.
+        ConfigError: LightGBM is not installed.
+    """
+    if len(records) < RECORDS_MIN:
+        raise BadInputError(f"{len(records)} records are too few to train on: at least {RECORDS_MIN} are needed.")
+    table = tabulate(records)
+    if len(np.unique(table.fold)) < FOLDS:
+        raise BadInputError("The records are of too few different prompts to train on.")
+    offset, spread = _levels(table)
+    target = table.log_tokens - offset[table.model]
+
+    ridge = WordsRidge(table.words, table.dense, table.prompt, table.fold)
+    score = ridge.out_of_fold(target)
+    columns = np.column_stack([table.dense, score, offset[table.model], spread[table.model]]).astype(np.float32)
+    location = _Boost(rounds, threads, _leaf_rows(table), "l1")
+    guess = location.out_of_fold(columns, target, table.fold)
+    mix = min(MIXES, key=lambda m: float(np.abs(target - m * guess - (1 - m) * score).mean()))
+    effect = mix * guess + (1 - mix) * score
+    slope = _slopes(table, target, effect)
+    residual = target - slope[table.model] * effect
+
+    columns_effect = columns.copy()
+    columns_effect[:, -3] = effect
+    log_spread = np.log(np.abs(residual) + 0.05)
+    width_boost = _Boost(max(rounds // 4, 20), threads, 2 * _leaf_rows(table), "l2")
+    told = np.exp(width_boost.out_of_fold(columns_effect, log_spread, table.fold))
+    width = _widths(table, residual, told)
+    scales, residuals, above = shapes_of(residual, told * width[table.model], table.truncated)
+
+    linear, dense_weight, intercept = ridge.fit(target)
+    served = {
+        name: ServedModel(name, int((table.model == m).sum()), *(float(part[m]) for part in (offset, spread, slope, width)))
+        for m, name in enumerate(table.models)
+    }  # fmt: skip
+    return LengthModel(
+        linear=linear, rarity=ridge.rarity, intercept=intercept, dense_mean=ridge.mean, dense_weight=dense_weight,
+        location_trees=location.fit(columns, target), scale_trees=width_boost.fit(columns_effect, log_spread),
+        mix=mix, scales=scales, residuals=residuals, above=above, served=served, unknown=_typical(served),
+        about={"records": len(records), "prompts": int(table.prompt.max()) + 1},
+    )  # fmt: skip
+
+
+class _Boost:
+    """LightGBM with small trees, deterministic."""
+
+    def __init__(self, rounds: int, threads: int, leaf: int, objective: str) -> None:
+        self._rounds = rounds
+        self._parameters = {
+            "objective": objective, "num_leaves": 15, "max_depth": DEPTH_MAX, "learning_rate": 0.04,
+            "min_data_in_leaf": leaf, "feature_fraction": 0.5, "bagging_fraction": 0.8, "bagging_freq": 1,
+            "lambda_l2": 5.0, "use_missing": False, "num_threads": threads, "seed": 1, "deterministic": True,
+            "force_row_wise": True, "verbose": -1,
+        }  # fmt: skip
+
+    def fit(self, columns: NDArray[np.float32], target: Floats) -> Trees:
+        return from_lightgbm(self._train(columns, target).dump_model())
+
+    def out_of_fold(self, columns: NDArray[np.float32], target: Floats, fold: NDArray[np.int64]) -> Floats:
+        guess = np.zeros(len(target))
+        for k in range(FOLDS):
+            out = fold == k
+            guess[out] = self._train(columns[~out], target[~out]).predict(columns[out])
+        return guess
+
+    def _train(self, columns: NDArray[np.float32], target: Floats) -> Any:
+        try:
+            import lightgbm
+        except ImportError as error:
+            raise ConfigError("Training needs LightGBM: pip install 'block-llm[length]'.") from error
+        return lightgbm.train(self._parameters, lightgbm.Dataset(columns, target), self._rounds)
+
+
+def _leaf_rows(table: Table) -> int:
+    """Rows a leaf must hold: about 20 prompts' worth, for rows of one prompt are no independent evidence."""
+    rows = len(table.fold)
+    return int(min(20 * max(rows / (table.prompt.max() + 1), 1.0), max(rows / 12, 5)))
+
+
+def _levels(table: Table) -> tuple[Floats, Floats]:
+    """Median and mean absolute deviation of each model's log-lengths, shrunk towards those of all."""
+    grand = float(np.median(table.log_tokens))
+    wide = float(np.abs(table.log_tokens - grand).mean())
+    offset, spread = np.zeros(len(table.models)), np.zeros(len(table.models))
+    for m in range(len(table.models)):
+        own = table.log_tokens[table.model == m]
+        kept = len(own) / (len(own) + 5.0)
+        offset[m] = kept * np.median(own) + (1 - kept) * grand
+        spread[m] = kept * np.abs(own - np.median(own)).mean() + (1 - kept) * wide
+    return offset, spread
+
+
+def _slopes(table: Table, target: Floats, effect: Floats) -> Floats:
+    """How strongly each model follows the shared effect: least absolute error, shrunk towards that of all."""
+
+    def best(rows: NDArray[np.bool_] | slice) -> float:
+        errors = np.abs(target[rows][:, None] - effect[rows][:, None] * _SLOPES[None, :]).mean(axis=0)
+        return float(_SLOPES[int(np.argmin(errors))])
+
+    shared = best(slice(None))
+    slope = np.full(len(table.models), shared)
+    for m in range(len(table.models)):
+        own = table.model == m
+        prompts = len(np.unique(table.prompt[own]))
+        slope[m] = (prompts * best(own) + _SHRINK * shared) / (prompts + _SHRINK)
+    return slope
+
+
+def _widths(table: Table, residual: Floats, told: Floats) -> Floats:
+    """How much wider than told each model's residuals lie, shrunk towards those of all."""
+    shared = float(np.median(np.abs(residual) / told))
+    width = np.full(len(table.models), shared)
+    for m in range(len(table.models)):
+        own = table.model == m
+        count = int(own.sum())
+        width[m] = (count * float(np.median(np.abs(residual[own]) / told[own])) + _SHRINK * shared) / (count + _SHRINK)
+    return np.maximum(width, 1e-3)
+
+
+def shapes_of(residual: Floats, scale: Floats, truncated: NDArray[np.bool_]) -> tuple[Floats, Floats, Floats]:
+    """Quantiles of residual / scale at several scales, truncated ones counted as "longer than".
+
+    Each shape weighs the residuals by how near their scale is. Returns scales (s,), residuals (s, knots) and above
+    (knots,), the share of residuals above each knot.
+    """
+    scales = np.unique(np.geomspace(*np.quantile(scale, [0.005, 0.995]) * np.array([0.9, 1.1]), _SCALES))
+    z = residual / scale
+    order = np.argsort(z)
+    above = np.linspace(1.0, 0.0, _KNOTS)
+    band = max(float(np.log(scale).std()) * 0.5, 0.1)
+    rows = []
+    for at in scales:
+        weight = np.exp(-0.5 * ((np.log(scale) - np.log(at)) / band) ** 2) + 1e-3
+        weight /= weight.sum()
+        survival = _kaplan_meier(weight[order], truncated[order])
+        rows.append(np.interp(-above, -survival, z[order]))
+    return scales, np.array(rows), above
+
+
+def _kaplan_meier(weight: Floats, truncated: NDArray[np.bool_]) -> Floats:
+    """P(Z > z) at sorted, weighted observations, mid-point rule; the truncated only leave the risk set."""
+    at_risk = np.cumsum(weight[::-1])[::-1]
+    hazard = np.where(truncated, 0.0, weight / at_risk)
+    after = np.cumprod(1.0 - np.minimum(hazard, 1.0 - 1e-12))
+    before = np.concatenate([[1.0], after[:-1]])
+    middle: Floats = 0.5 * (before + after)
+    return middle
+
+
+def _typical(served: dict[str, ServedModel]) -> ServedModel:
+    """What to believe of a served model that the records do not hold: the record-weighted mean of those they do."""
+    models = list(served.values())
+    weight = np.array([min(model.records, 500) for model in models], dtype=float)
+    mean = {part: float(np.average([getattr(model, part) for model in models], weights=weight))
+            for part in ("offset", "spread", "slope", "width")}  # fmt: skip
+    return ServedModel("", int(sum(model.records for model in models)), **mean)
