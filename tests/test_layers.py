@@ -68,3 +68,10 @@ def test_imports_never_go_up(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in MODULES if module_name(p).split(".")[0] in PURE], ids=module_name)
 def test_pure_modules_know_neither_sockets_nor_event_loops(path: Path) -> None:
     assert not {name.split(".")[0] for name in imports(path)} & IO_MODULES
+
+
+@pytest.mark.parametrize("package", ["policy", "predict", "predictor", "gateway", "autoscale"])
+def test_true_output_lengths_are_out_of_reach_of_those_who_decide(package: str) -> None:
+    """Law L7: the truth lives in workload.Offered, and whoever decides cannot even name it."""
+    for path in (PACKAGE / package).rglob("*.py"):
+        assert not any(name.startswith("block.workload") for name in imports(path)), path
