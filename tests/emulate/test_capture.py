@@ -73,7 +73,7 @@ def test_samples_flags_say_which_batch_in_flight_brings_a_token():
         assert (samples[~stale] == found.requests[s.PLACEHOLDERS][~stale]).all()
         assert (found.requests[s.BATCH_1][(flags & s.SAMPLES_1) > 0] > 0).all()
         promised, outputs = promised + samples.sum(), outputs + len(flags)
-    assert 0 < promised
+    assert promised > 0
     assert outputs > 0
 
 

@@ -12,6 +12,7 @@ from block.emulate.player import Player
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
 from block.engine.scheduler import Sequence
+
 from .served import PROFILE
 
 
@@ -175,7 +176,7 @@ def test_an_aborted_request_is_gone_at_once_and_hears_nothing_more():
     stage.run(until_s=100.05)
     heard, changes = len(answer.tokens_s), stage.changes
     assert heard > 0
-    stage.player.abort(1)
+    stage.player.abort(sequence)
     assert stage.engine.scheduler.blocks_free == stage.limits.blocks_usable
     assert stage.changes == changes + 1
     assert 1 not in stage.player
@@ -187,8 +188,8 @@ def test_an_aborted_request_is_gone_at_once_and_hears_nothing_more():
 
 def test_a_request_aborted_before_the_scheduler_saw_it_is_never_scheduled():
     stage = Stage(input_s=0.01)
-    _, answer = stage.add(1)
-    stage.player.abort(1)
+    sequence, answer = stage.add(1)
+    stage.player.abort(sequence)
     stage.run()
     assert answer.tokens_s == []
     assert stage.engine.steps == 0
@@ -196,12 +197,12 @@ def test_a_request_aborted_before_the_scheduler_saw_it_is_never_scheduled():
 
 def test_the_place_of_an_aborted_request_goes_to_the_next_and_not_before_it_was_free():
     stage = Stage(EngineLimits(max_num_seqs=1, max_num_batched_tokens=256, num_gpu_blocks=64))
-    stage.add(1, max_tokens=500)
+    leaving, _ = stage.add(1, max_tokens=500)
     _, waiting = stage.add(2, max_tokens=3)
     stage.run(until_s=100.1)
     assert waiting.tokens_s == []
     aborted_s = stage.wall.now_s()
-    stage.player.abort(1)
+    stage.player.abort(leaving)
     stage.run()
     assert len(waiting.tokens_s) == 3
     assert waiting.tokens_s[0] > aborted_s
@@ -221,7 +222,7 @@ def test_a_hang_moves_everything_after_it_by_its_length():
     for stage in (hung, smooth):
         stage.run()
     moved = [a - b for a, b in zip(answers[0].tokens_s, answers[1].tokens_s, strict=True)]
-    assert set(round(m, 6) for m in moved) == {0.0, 5.0}
+    assert {round(m, 6) for m in moved} == {0.0, 5.0}
 
 
 def test_breaking_off_tells_every_answer():

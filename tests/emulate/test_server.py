@@ -52,7 +52,9 @@ async def until(condition, tries=400):
 
 async def test_the_openai_client_completes(config):
     async with served(config) as (url, _), openai_client(url) as client:
-        done = await client.completions.create(model="tiny", prompt="Say something", max_tokens=6, extra_body={"ignore_eos": True})
+        done = await client.completions.create(
+            model="tiny", prompt="Say something", max_tokens=6, extra_body={"ignore_eos": True}
+        )
     assert done.object == "text_completion"
     assert done.choices[0].finish_reason == "length"
     assert len(done.choices[0].text) == 6 * 4
@@ -77,7 +79,9 @@ async def test_the_openai_client_streams_a_completion(config):
             extra_body={"ignore_eos": True},
         )  # fmt: skip
         chunks = [chunk async for chunk in stream]
-        whole = await client.completions.create(model="tiny", prompt=[1, 2, 3], max_tokens=7, extra_body={"ignore_eos": True})
+        whole = await client.completions.create(
+            model="tiny", prompt=[1, 2, 3], max_tokens=7, extra_body={"ignore_eos": True}
+        )
     text = "".join(c.choices[0].text for c in chunks if c.choices)
     assert text == whole.choices[0].text
     assert [c.choices[0].finish_reason for c in chunks if c.choices] == [None] * 6 + ["length"]
@@ -145,9 +149,11 @@ async def test_a_length_that_nobody_fixed_is_drawn(config):
 
 
 async def test_without_max_tokens_a_completion_has_openais_sixteen(config):
-    async with served(config) as (_, http):
-        async with http.post("/v1/completions", json={"prompt": "Hi", "ignore_eos": True}) as answer:
-            assert (await answer.json())["usage"]["completion_tokens"] == 16
+    async with (
+        served(config) as (_, http),
+        http.post("/v1/completions", json={"prompt": "Hi", "ignore_eos": True}) as answer,
+    ):
+        assert (await answer.json())["usage"]["completion_tokens"] == 16
 
 
 async def test_parts_of_a_message_that_are_no_text_count_nothing(config):
@@ -185,7 +191,12 @@ SAD = {
     "priority": ("/v1/completions", '{"prompt": "a", "priority": 3}', 400, "priority"),
     "prompt too long": ("/v1/completions", json.dumps({"prompt": LONG}), 400, "maximum context length is 128"),
     "output too long": ("/v1/completions", '{"prompt": "a", "max_tokens": 128}', 400, "too large"),
-    "never fits": ("/v1/completions", json.dumps({"prompt": "x" * 4 * 60, "max_tokens": 20, "ignore_eos": True}), 400, "KV cache"),
+    "never fits": (
+        "/v1/completions",
+        json.dumps({"prompt": "x" * 4 * 60, "max_tokens": 20, "ignore_eos": True}),
+        400,
+        "KV cache",
+    ),
     "no such path": ("/v1/embeddings", "{}", 404, "Not Found"),
 }
 
@@ -242,6 +253,21 @@ async def test_a_client_that_leaves_frees_its_request_at_once(config):
     assert found["vllm:generation_tokens_total"] < 8000
 
 
+async def test_two_requests_of_one_id_at_once_are_both_served(config):
+    headers = {"X-Request-Id": "twin"}
+    async with served(config) as (_, http):
+
+        async def one(tokens, stream):
+            body = {"prompt": "Hi", "max_tokens": tokens, "ignore_eos": True, "stream": stream}
+            async with http.post("/v1/completions", json=body, headers=headers) as answer:
+                return (await answer.text()).count("text"), answer.status
+
+        found = await asyncio.gather(*[one(50, stream) for stream in (True, True, False, False)])
+        assert (await samples(http))["vllm:generation_tokens_total"] == 200
+    assert [status for _, status in found] == [200] * 4
+    assert found[0] == found[1]
+
+
 async def test_a_waiting_client_that_leaves_is_forgotten(config):
     limits = EngineLimits(max_num_seqs=1)
     long = {"prompt": "Hi", "max_tokens": 8000, "ignore_eos": True}
@@ -268,7 +294,9 @@ async def test_a_waiting_client_that_leaves_is_forgotten(config):
 async def test_metrics_have_vllms_names_and_add_up(config):
     async with served(config) as (_, http):
         for tokens in (1, 5, 10):
-            async with http.post("/v1/completions", json={"prompt": "x" * 40, "max_tokens": tokens, "ignore_eos": True}) as answer:
+            async with http.post(
+                "/v1/completions", json={"prompt": "x" * 40, "max_tokens": tokens, "ignore_eos": True}
+            ) as answer:
                 assert answer.status == 200
         found = await samples(http)
         async with http.get("/metrics") as answer:
@@ -363,17 +391,16 @@ async def test_a_fraction_of_requests_fails_when_asked_for(config):
 
 async def test_a_hang_stops_the_tokens_and_not_the_health_check(config):
     body = {"prompt": "Hi", "max_tokens": 200, "ignore_eos": True, "stream": True}
-    async with served(config, allow_faults=True) as (_, http):
-        async with http.post("/v1/completions", json=body) as stream:
-            await stream.content.readuntil(b"\n\n")
-            async with http.post("/emulate/fault", json={"kind": "hang", "seconds": 0.4}) as answer:
-                assert answer.status == 200
-            made = (await samples(http))["vllm:generation_tokens_total"]
-            await asyncio.sleep(0.1)
-            assert (await samples(http))["vllm:generation_tokens_total"] == made
-            async with http.get("/health") as answer:
-                assert answer.status == 200
-            events = (await stream.text()).strip().split("\n\n")
+    async with served(config, allow_faults=True) as (_, http), http.post("/v1/completions", json=body) as stream:
+        await stream.content.readuntil(b"\n\n")
+        async with http.post("/emulate/fault", json={"kind": "hang", "seconds": 0.4}) as answer:
+            assert answer.status == 200
+        made = (await samples(http))["vllm:generation_tokens_total"]
+        await asyncio.sleep(0.1)
+        assert (await samples(http))["vllm:generation_tokens_total"] == made
+        async with http.get("/health") as answer:
+            assert answer.status == 200
+        events = (await stream.text()).strip().split("\n\n")
     assert events[-1] == "data: [DONE]"
     assert len(events) == 200  # one was read before
 
@@ -403,7 +430,13 @@ async def test_faults_can_be_switched_off_again(config):
 
 async def test_a_reader_that_does_not_read_gets_every_token_in_fewer_events(config, monkeypatch):
     monkeypatch.setattr("block.emulate.answers.BACKLOG_MAX", -1)  # as if the socket were never empty
-    body = {"prompt": "Hi", "max_tokens": 30, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    body = {
+        "prompt": "Hi",
+        "max_tokens": 30,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     async with served(config) as (_, http), http.post("/v1/completions", json=body) as stream:
         events = [json.loads(e.removeprefix("data: ")) for e in (await stream.text()).strip().split("\n\n")[:-1]]
     assert len(events) == 2

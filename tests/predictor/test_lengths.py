@@ -72,7 +72,8 @@ def test_expected_totals_lie_between_what_is_there_and_the_bound():
 
 
 @pytest.mark.parametrize(
-    ("quantiles", "low", "high"), [([(0.5, 100)], 100, 100), ([(0.0, 10), (1.0, 100)], 15, 95), ([(0.1, 5), (0.9, 5)], 5, 5)]
+    ("quantiles", "low", "high"),
+    [([(0.5, 100)], 100, 100), ([(0.0, 10), (1.0, 100)], 15, 95), ([(0.1, 5), (0.9, 5)], 5, 5)],
 )
 def test_quantiles_become_equally_likely_lengths(quantiles, low, high):
     found = scenarios_of(quantiles, 1000)

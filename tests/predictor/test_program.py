@@ -55,8 +55,8 @@ def pair(profile, shm_name):
     """(emulator's process, its URL, predictor's process, its URL)."""
     processes = []
     try:
-        for arguments in (("emulate", "--name", shm_name), ("predictor", "--source", f"emulate:{shm_name}")):
-            processes.append(start(*arguments, "--profile", profile))
+        processes.append(start("emulate", "--name", shm_name, "--profile", profile))
+        processes.append(start("predictor", "--source", f"emulate:{shm_name}", "--profile", profile))
         yield *processes[0], *processes[1]
     finally:
         for process, _ in processes:
@@ -74,7 +74,9 @@ def test_a_prediction_comes_true(pair):
     for thread in others:
         thread.start()
     until(lambda: call(f"{predictor}/snapshot")[1]["header"]["running"] == 4)
-    status, said = call(f"{predictor}/predict", {"prompt_tokens": 100, "max_tokens": 400, "output_tokens": 400, "harm": True})
+    status, said = call(
+        f"{predictor}/predict", {"prompt_tokens": 100, "max_tokens": 400, "output_tokens": 400, "harm": True}
+    )
     started_s = time.monotonic()
     call(f"{engine}/v1/completions", {"prompt": "y" * 400, "max_tokens": 400, "ignore_eos": True})
     met_s = time.monotonic() - started_s

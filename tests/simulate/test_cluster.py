@@ -19,7 +19,7 @@ from block.workload import Offered, WorkloadConfig, offer
 
 PROFILE = StepTimeProfile(
     name="linear", gpu="test", model="test", decode_knots=[(0, 0.016), (64, 0.02336)],
-    mixed_knots=[(0, 0.016), (512, 0.07488)], kv_s=5.8e-7, kv_mixed_s=5.8e-7, attention_s=3.2e-8,
+    mixed_knots=[(0, 0.016), (512, 0.07488)], kv_s=5.8e-7, attention_s=3.2e-8,
 )  # fmt: skip
 LIMITS = EngineLimits(
     max_num_seqs=48, max_num_batched_tokens=512, num_gpu_blocks=1053, max_model_len=4096, async_scheduling=False

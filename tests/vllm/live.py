@@ -11,6 +11,8 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from block.predictor.shared_memory import snapshot_path
+
 START_S = 240.0
 STOP_S = 20.0
 REPOSITORY = Path(__file__).parents[2]
@@ -56,14 +58,22 @@ class Program:
                 self._process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 pass
+            self._wait_for_the_group()
         self._signal(signal.SIGKILL)  # also what the leader left behind
         self._process.wait()
 
-    def _signal(self, number: int) -> None:
+    def _wait_for_the_group(self) -> None:
+        """vLLM's helpers remove its shared memory after their leader has gone."""
+        give_up = time.monotonic() + 5
+        while time.monotonic() < give_up and self._signal(0):
+            time.sleep(0.05)
+
+    def _signal(self, number: int) -> bool:
         try:
             os.killpg(self._process.pid, number)
         except ProcessLookupError:
-            pass
+            return False
+        return True
 
 
 class VllmServer(Program):
@@ -86,6 +96,10 @@ class VllmServer(Program):
             "--disable-uvicorn-access-log", *arguments,
         ]  # fmt: skip
         super().__init__(command, log, settings)
+
+    def stop(self) -> None:
+        super().stop()
+        snapshot_path(self.name).unlink(missing_ok=True)  # vLLM kills its engine process, which could not
 
     def wait(self) -> None:
         """Until it answers.

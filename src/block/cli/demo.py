@@ -66,7 +66,7 @@ def _print_table(outcomes: Any, out: Path) -> None:
 
     from block.metrics.tables import summary_table
 
-    console = Console()
+    console = Console() if Console().is_terminal else Console(width=120)
     console.print(summary_table({o.policy: o.summary for o in outcomes}, "the same load on four unequal instances"))
     console.print(f"Rows: {out / 'rows.csv'}   chart: {out / 'latency.png'}", highlight=False)
 

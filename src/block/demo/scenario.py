@@ -8,7 +8,7 @@ from block.workload.offer import WorkloadConfig, offer
 from block.workload.offered import Offered
 
 MODEL: Final = "demo"
-PROFILE: Final = "h200-llama3.1-8b"
+PROFILE: Final = "h200-llama2-7b"
 POLICIES: Final = ("round-robin", "least-outstanding", "llumnix-minus", "block")
 SHORTEN: Final = 4  # answers are a quarter of ShareGPT's, so that a run settles within seconds
 
@@ -24,7 +24,7 @@ class Kind(msgspec.Struct, frozen=True):
         """The flags of ``block emulate``."""
         return [
             "--profile", PROFILE, "--speed", str(self.speed), "--num-gpu-blocks", str(self.kv_blocks),
-            "--max-num-seqs", str(self.batch), "--max-num-batched-tokens", "512", "--max-model-len", "2048",
+            "--max-num-seqs", str(self.batch), "--max-num-batched-tokens", "512", "--max-model-len", "2304",
         ]  # fmt: skip
 
 

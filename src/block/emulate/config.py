@@ -7,7 +7,8 @@ from block.errors import ConfigError
 
 
 class EmulateConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """``speed`` 0.5: every step takes twice as long. ``name``: of the snapshots in shared memory, ``None`` for none.
+    """``speed`` 0.5: every step takes twice as long (what the API adds stays). ``name``: of the snapshots in shared
+    memory, ``None`` for none.
 
     ``output_lengths``: see ``emulate.lengths``. ``fail_rate``: fraction of requests that get a 500.
     """

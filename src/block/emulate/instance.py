@@ -39,10 +39,10 @@ class Instance:
         self.engine = Engine(config.limits, self.profile.curve(1 / config.speed, config.limits), self.clock.now_s())
         self.measures = Measures(config.limits.max_model_len)
         self.lateness = Lateness(self.measures.late)
-        self.exact: set[int] = set()
+        self._exact: dict[int, Sequence] = {}  # in play with an output that the client fixed
         self.publisher = (
             None if config.name is None
-            else Publisher(self.engine, self.clock, config.name, self.exact,
+            else Publisher(self.engine, self.clock, config.name, self._exact,
                            min_interval_s=config.snapshot_interval_s, cached_blocks=config.publish_cached_blocks)
         )  # fmt: skip
         self.player = Player(
@@ -71,8 +71,8 @@ class Instance:
         if wanted_output is None:
             wanted_output = max_tokens if job.exact_output else self.lengths.next()
         arrived_s = self.clock.now_s()
-        sequence = Sequence(  # type: ignore[no-untyped-call]
-            self._key(request_id), job.prompt_tokens, max_tokens, max(wanted_output, 1),
+        sequence = Sequence(
+            request_key(request_id or uuid.uuid4().hex), job.prompt_tokens, max_tokens, max(wanted_output, 1),
             priority=job.priority, order=arrived_s, arrived_s=arrived_s,
         )  # fmt: skip
         if not self.engine.scheduler.can_ever_run(sequence):
@@ -86,14 +86,17 @@ class Instance:
         return sequence
 
     def start(self, sequence: Sequence, job: Job, answer: Answer) -> None:
+        if sequence.key in self.player:  # the same X-Request-Id twice at once: the later one gets a key of its own
+            sequence.key = request_key(uuid.uuid4().hex)
         if job.exact_output:
-            self.exact.add(sequence.key)
+            self._exact[sequence.key] = sequence
         self.player.add(sequence, answer)
 
     def leave(self, sequence: Sequence) -> None:
-        """The request is over, whoever ended it."""
-        self.player.abort(sequence.key)
-        self.exact.discard(sequence.key)
+        """The request is over, whoever ended it; one that was never started is ignored."""
+        self.player.abort(sequence)
+        if self._exact.get(sequence.key) is sequence:
+            del self._exact[sequence.key]
 
     def check_model(self, model: str | None) -> None:
         if model is not None and model not in self.config.models:
@@ -117,12 +120,6 @@ class Instance:
                 "max_tokens",
             )
         return job.max_tokens
-
-    def _key(self, request_id: str | None) -> int:
-        """The request's key in snapshots; an id that is already in play gets another one."""
-        if request_id is not None and (key := request_key(request_id)) not in self.player:
-            return key
-        return request_key(uuid.uuid4().hex)
 
     def _on_change(self) -> None:
         if self.publisher is not None:

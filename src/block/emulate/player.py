@@ -73,14 +73,15 @@ class Player:
         self.engine.add(sequence, self._input_due_s)
         self._arm()
 
-    def abort(self, key: int) -> None:
-        """The client is gone: its blocks are free at once. A key that is not in play is ignored."""
-        play = self._playing.pop(key, None)
-        if (
-            play is None or play.sequence.status == FINISHED
-        ):  # finished: only its last tokens were still on their way out
+    def abort(self, sequence: Sequence) -> None:
+        """The client is gone: its blocks are free at once. A sequence that is not in play is ignored."""
+        play = self._playing.get(sequence.key)
+        if play is None or play.sequence is not sequence:
             return
-        self.engine.abort(play.sequence, self.clock.now_s())
+        del self._playing[sequence.key]
+        if sequence.status == FINISHED:  # only its last tokens were still on their way out
+            return
+        self.engine.abort(sequence, self.clock.now_s())
         self._measures.finished["abort"] += 1
         self._on_change()
         self._arm()

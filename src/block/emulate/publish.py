@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Container
 from typing import Final
 
 from block.emulate.pace import PausableClock
@@ -25,7 +26,7 @@ class Publisher:
     """
 
     def __init__(
-        self, engine: Engine, clock: PausableClock, name: str, exact: set[int], *,
+        self, engine: Engine, clock: PausableClock, name: str, exact: Container[int], *,
         min_interval_s: float = 0.002, cached_blocks: bool = False,
     ) -> None:  # fmt: skip
         self._engine, self._clock, self._exact = engine, clock, exact

@@ -36,13 +36,14 @@ from block.gateway.decisions import Decisions
 from block.gateway.evidence import Evidence as InstanceEvidence
 from block.gateway.evidence import Expectations
 from block.gateway.exchange import Exchange
+from block.gateway.lengths import HeaderLengths
 from block.gateway.metrics import Metrics
 from block.gateway.openai import PromptRatio, usage_of
-from block.gateway.oracle import Oracle
 from block.gateway.pool import Instance, Pool
 from block.policy.choose import decide
 from block.policy.rank import Evidence
 from block.policy.table import Policy, make_policy
+from block.predict.whatif import Oracle
 
 if TYPE_CHECKING:
     from block.gateway.remote import RemotePredictors
@@ -77,6 +78,7 @@ class Dispatcher:
         self.queue: deque[Exchange] = deque()
         self.budget = RetryBudget(config.retry_budget_fraction)
         self._fewest = make_policy("least-outstanding")
+        self._oracle = Oracle()
         self._bare: dict[InstanceId, Candidate] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._finished = deque[float](maxlen=256)
@@ -186,7 +188,7 @@ class Dispatcher:
         return self._predicted(exchange, ids, now_s, harm=policy.rank.harm)
 
     def _estimate(self, exchange: Exchange) -> None:
-        if isinstance(self.estimator, Oracle):
+        if isinstance(self.estimator, HeaderLengths):
             self.estimator.listen(exchange.request, exchange.http)
         estimate = self.estimator.estimate(exchange.request)
         exchange.expected_total = max(1, round(estimate.expected_total(0)))
@@ -223,19 +225,17 @@ class Dispatcher:
     def _ask(
         self, exchange: Exchange, ids: Sequence[InstanceId], mirrors: list[Any], now_s: float, *, harm: bool
     ) -> Any:
-        from block.predict.whatif import predict_all
-
         request = exchange.request
         question: dict[str, Any] = {
             "prompt_tokens": request.prompt_tokens, "max_tokens": self._max_tokens(request, ids[0]),
             "output_tokens": exchange.expected_total, "now_s": now_s, "horizon_s": self.config.horizon_s, "harm": harm,
         }  # fmt: skip
         try:
-            return predict_all(mirrors, **question)
+            return self._oracle.predict_all(mirrors, **question)
         except MODEL_ERRORS:
             for instance_id, mirror in zip(ids, mirrors, strict=True):  # whose fault was it?
                 try:
-                    predict_all([mirror], **question)
+                    self._oracle.predict_all([mirror], **question)
                 except MODEL_ERRORS as error:
                     self.evidence[instance_id].spoiled(f"the engine model cannot work with its snapshot: {error!r}")
             return None
@@ -336,8 +336,7 @@ class Dispatcher:
         assert instance is not None
         if status != 429:
             self.pool.failed(instance, f"answered {status}", monotonic(), refused=False)
-        others = [i for i in self._eligible(exchange) if i != instance.id]
-        if not others or exchange.attempts > self.config.retries or not self.budget.withdraw():
+        if not self._may_retry(exchange):
             return False
         assert exchange.connection is not None
         exchange.connection.abandon()
@@ -356,7 +355,7 @@ class Dispatcher:
             exchange.connecting = self._spawn(self._connect(exchange, instance))
             return
         self.pool.failed(instance, str(error), monotonic(), refused=refused)
-        if refused or (exchange.attempts <= self.config.retries and self.budget.withdraw()):
+        if refused or self._may_retry(exchange):
             self._again(exchange, "refused" if refused else "broken")
             return
         exchange.refuse(
@@ -364,6 +363,12 @@ class Dispatcher:
                 502, f"The instance {instance.id} failed: {error}.", kind="server_error", code="instance_failed"
             )
         )
+
+    def _may_retry(self, exchange: Exchange) -> bool:
+        """There is somebody else, it has not been tried too often, and the budget (which this takes from) allows it."""
+        assert exchange.instance is not None
+        others = any(i != exchange.instance.id for i in self._eligible(exchange))
+        return others and exchange.attempts <= self.config.retries and self.budget.withdraw()
 
     def _again(self, exchange: Exchange, reason: str) -> None:
         assert exchange.instance is not None

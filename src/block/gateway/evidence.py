@@ -33,10 +33,15 @@ from block.predict.snapshot import (
     decode,
     request_key,
 )  # fmt: skip
+from block.predict.whatif import Mirror
+from block.steptime.curve import StepCurve
 
 REQUESTS_MAX: Final = 16384
 SKEW_MAX_S: Final = 5.0
+TOTALS_KEPT_S: Final = 0.25
 _TOKENS_MAX: Final = 1 << 24
+_LIMITS_AT: Final = HEADER.fields["num_gpu_blocks"][1]  # type: ignore[index]
+_FLAGS_AT: Final = HEADER.fields["flags"][1]  # type: ignore[index]
 
 Ints = npt.NDArray[np.int32]
 
@@ -119,8 +124,7 @@ class Evidence:
         self._expectations = expectations
         self._frame: bytes | None = None
         self._received_s = 0.0
-        self._curve: Any = None
-        self._mirror: Any = None
+        self._mirror: Mirror | None = None
         self._loaded = False
         self._unseen: dict[int, Unseen] = {}
         self._unprocessed: float | None = None
@@ -132,9 +136,9 @@ class Evidence:
         self._frame, self._received_s = frame, now_s
         self.frames += 1
 
-    def take_curve(self, curve: Any) -> None:
-        """The instance's step-time curve, calibrated."""
-        self._curve, self._mirror, self._loaded = curve, None, False
+    def take_curve(self, curve: StepCurve, input_s: float, output_s: float) -> None:
+        """The instance's step-time curve, calibrated, and the seconds before and after the scheduler."""
+        self._mirror, self._loaded = Mirror(curve, input_s, output_s), False
 
     def lost(self, problem: str) -> None:
         """The predictor is gone; what it said last ages."""
@@ -187,10 +191,10 @@ class Evidence:
             self.problem = None
         return self.problem is None
 
-    def mirror(self, now_s: float) -> Any:
+    def mirror(self, now_s: float) -> Mirror | None:
         """The engine model up to date with the newest snapshot and the unseen requests; ``None``: no usable evidence."""
-        if self._curve is None or not self.fresh(now_s):
-            if self._curve is None and self.problem is None:
+        if self._mirror is None or not self.fresh(now_s):
+            if self._mirror is None and self.problem is None:
                 self.problem = "its predictor told no step times"
             return None
         if not self._loaded:
@@ -228,7 +232,7 @@ class Evidence:
 
     def spoiled(self, problem: str) -> None:
         """The engine model could not work with this snapshot: unusable until another comes."""
-        self.snapshot, self._mirror, self._loaded, self.problem = None, None, False, problem
+        self.snapshot, self._loaded, self.problem = None, False, problem
 
     # Inside
 
@@ -261,17 +265,14 @@ class Evidence:
             del self._unseen[key]
 
     def _load(self, now_s: float) -> None:
-        from block.predict.whatif import Mirror
-
-        assert self.snapshot is not None
-        if self._mirror is None:
-            self._mirror = Mirror(self._curve)
+        assert self.snapshot is not None and self._mirror is not None
         self._mirror.load(self.snapshot, self._expectations.totals(self.snapshot, self.model))
         self._loaded = True
         for unseen in self._unseen.values():
             self._add(unseen)
 
     def _add(self, unseen: Unseen) -> None:
+        assert self._mirror is not None
         self._mirror.add(
             unseen.key, unseen.prompt_tokens, unseen.max_tokens, unseen.expected_total, unseen.dispatched_s
         )

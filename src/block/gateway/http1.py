@@ -235,6 +235,18 @@ def chunk(body: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(body), body)
 
 
+def end_of_whole_chunks(data: bytes) -> int:
+    """Where the last whole chunk ends in bytes that begin with a chunk (and were found valid by llhttp)."""
+    at = 0
+    while (line_end := data.find(b"\r\n", at)) >= 0:
+        size = int(data[at:line_end].partition(b";")[0], 16)
+        after = line_end + 2 + size + 2
+        if not size or after > len(data):  # the last chunk is whole only with its trailers: let it wait for them
+            break
+        at = after
+    return at
+
+
 class AnswerHead(NamedTuple):
     """The head of an instance's answer. ``length``: of its body, ``None`` where it is chunked or ends with the connection."""
 

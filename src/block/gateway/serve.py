@@ -19,8 +19,8 @@ from block.gateway.config import RELOADABLE, GatewayConfig, InstanceConfig
 from block.gateway.dispatch import Dispatcher
 from block.gateway.evidence import Evidence
 from block.gateway.health import HangWatch, HealthChecks
+from block.gateway.lengths import HeaderLengths
 from block.gateway.metrics import Metrics
-from block.gateway.oracle import Oracle
 from block.gateway.pool import Instance, Pool, State
 from block.gateway.proxy import ClientConnection
 from block.gateway.remote import RemotePredictors
@@ -52,7 +52,7 @@ class Gateway(Membership):
         self._server: asyncio.Server | None = None
         self._session: aiohttp.ClientSession | None = None
         self._estimator = (
-            Oracle() if self._policy.name.startswith("block-oracle") else _estimator(config.length_estimator)
+            HeaderLengths() if self._policy.name.startswith("block-oracle") else _estimator(config.length_estimator)
         )
         self.app: App
         self.port = 0

@@ -19,6 +19,7 @@ import msgspec
 
 from block.gateway.evidence import Evidence
 from block.gateway.upstream import set_nodelay
+from block.steptime.curve import StepCurve
 from block.steptime.profile import StepTimeProfile
 
 FRAME_BYTES_MAX: Final = 4 << 20
@@ -159,7 +160,7 @@ class Subscription:
                     return False
             if body == self._profile_bytes:
                 return True
-            self._evidence.take_curve(_curve_of(body))
+            self._evidence.take_curve(*_curve_of(body))
             self._profile_bytes = body
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False
@@ -169,12 +170,13 @@ class Subscription:
         return True
 
 
-def _curve_of(body: bytes) -> Any:
-    """The step-time curve of a ``/profile`` answer. Raises ValueError or MsgspecError where it is none."""
+def _curve_of(body: bytes) -> tuple[StepCurve, float, float]:
+    """The step-time curve of a ``/profile`` answer, the seconds before the scheduler and after it. Raises ValueError or MsgspecError where it is none."""
     fields = msgspec.json.decode(body, type=dict[str, Any])
     scale = fields.pop("scale", 1.0)
     if isinstance(fields.get("profile"), dict):
         fields = fields["profile"]
     if not isinstance(scale, int | float) or not 0.01 < scale < 100:
         raise ValueError(f"a scale of {scale!r}")
-    return msgspec.convert(fields, StepTimeProfile).curve(float(scale))
+    profile = msgspec.convert(fields, StepTimeProfile)
+    return profile.curve(float(scale)), profile.input_s, profile.output_s

@@ -6,7 +6,7 @@ from collections import deque
 from typing import Final, Protocol, cast
 
 from block.errors import InstanceUnreachableError, StreamBrokenError
-from block.gateway.http1 import AnswerHead, AnswerReader
+from block.gateway.http1 import AnswerHead, AnswerReader, end_of_whole_chunks
 
 IDLE_MAX: Final = 512
 HELD_BYTES_MAX: Final = 262_144
@@ -92,17 +92,31 @@ class UpstreamConnection(asyncio.Protocol):
         except ValueError as error:
             self._fail(f"answered something that is not HTTP ({error})")
             return
-        if self._held:
-            data, self._held = self._held + data, b""
-        if not reader.aligned and not whole and len(data) < HELD_BYTES_MAX:
-            self._held = (
-                data  # half a chunk is half an event: of no use to the client, and in the way of an error event
-            )
-            return
-        self.aligned = reader.aligned
-        receiver.body_received(data)
+        if self._held or not reader.aligned:
+            data = self._whole_chunks(data, reader, whole)
+        else:
+            self.aligned = True
+        if data:
+            receiver.body_received(data)
         if whole and self._receiver is receiver:
             self._end(receiver)
+
+    def _whole_chunks(self, data: bytes, reader: AnswerReader, whole: bool) -> bytes:
+        """Of a body that stops in the middle of a chunk, what can go on now; the rest is held.
+
+        Half a chunk is half an event: of no use to the client, and in the way of an error event. A chunk too large to
+        hold goes through as it comes.
+        """
+        data, self._held = self._held + data, b""
+        if whole or reader.aligned:
+            self.aligned = True
+            return data
+        end = end_of_whole_chunks(data) if self.aligned else len(data)
+        if len(data) - end > HELD_BYTES_MAX:
+            self.aligned = False
+            return data
+        self._held = data[end:]
+        return data[:end]
 
     def _end(self, receiver: Receiver) -> None:
         self._receiver = None

@@ -178,6 +178,7 @@ def _hashed(words: list[str]) -> NDArray[np.int32]:
     """Words, pairs of neighbours and the first and last words, hashed; the head and the tail of a long text."""
     kept = words if len(words) <= WORDS_MAX else words[: WORDS_MAX - 100] + words[-100:]
     terms = kept + [f"{a} {b}" for a, b in itertools.pairwise(kept)]
+    terms += [f"{word[:5]}-" for word in kept if len(word) > 5]
     terms += [f"^{' '.join(kept[:n])}" for n in (1, 2, 3)] + [f"{' '.join(kept[-n:])}$" for n in (1, 2)]
     hashes = {zlib.crc32(term.encode("utf-8", "surrogatepass")) & (HASH_SIZE - 1) for term in terms}
     return np.fromiter(hashes, dtype=np.int32, count=len(hashes))

@@ -6,16 +6,21 @@ from typing import Any, NamedTuple
 
 from block.errors import ConfigError, UnknownNameError
 from block.policy import rank as ranks
+from block.policy.hold import Hold
 from block.policy.rank import Rank
 from block.policy.shortlist import Everyone, RandomSubset, Rotation, Shortlist
 
 
 class Policy(NamedTuple):
-    """A shortlist and a rank under a name. Make one per gateway: a shortlist may own state (whose turn it is)."""
+    """A shortlist and a rank under a name. Make one per gateway: a shortlist may own state (whose turn it is).
+
+    ``hold``: when to keep a request at the gateway instead of sending it now; ``None``: never.
+    """
 
     name: str
     shortlist: Shortlist
     rank: Rank
+    hold: Hold | None = None
 
 
 class PolicySpec(NamedTuple):

@@ -20,14 +20,14 @@ def self_test(profile: StepTimeProfile) -> str | None:
     for others in (0, _OTHERS):
         engine = Engine(EngineLimits(), profile.curve())
         for key in range(others):
-            engine.add(Sequence(key + 1, _PROMPT, 2 * _OUTPUT), 0.0)  # type: ignore[no-untyped-call]
+            engine.add(Sequence(key + 1, _PROMPT, 2 * _OUTPUT), 0.0)
         now_s = 0.1
         engine.advance(now_s)
         mirror = Mirror(profile.curve())
         snapshot = decode(Recorder(engine).capture(now_s))
         mirror.load(snapshot, snapshot.requests[MAX_TOKENS])
         (said,) = predict_all([mirror], prompt_tokens=_PROMPT, max_tokens=_OUTPUT, output_tokens=_OUTPUT, now_s=now_s)
-        asked = Sequence(others + 1, _PROMPT, _OUTPUT)  # type: ignore[no-untyped-call]
+        asked = Sequence(others + 1, _PROMPT, _OUTPUT)
         engine.add(asked, now_s)
         engine.advance(now_s + 600.0)
         for what, predicted_s, happened_s in (

@@ -1,15 +1,19 @@
 """Where a predictor gets an engine's state from: the seam that every kind of source fits."""
 
 import asyncio
+import struct
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final, Protocol
 
 from block.errors import ConfigError, UnknownNameError
+from block.predict.snapshot import HEADER
 from block.predictor.shared_memory import SnapshotReader
 
-BUSY_S: Final = 1.0  # after a change, look often for this long
+BUSY_S: Final = 1.0  # a busy engine is looked at often for this long after its last snapshot
 BUSY_SLEEP_S: Final = 0.001
+_COUNTS: Final = struct.Struct("<ii")  # the header's running and waiting
+_COUNTS_AT: Final[int] = HEADER.fields["running"][1] if HEADER.fields else 0
 IDLE_SLEEP_S: Final = 0.010
 ALIVE_EVERY_S: Final = 0.25
 
@@ -30,8 +34,8 @@ class StateSource(Protocol):
 class SharedMemorySource:
     """What an engine on this host publishes (the emulator, or vLLM with Block's plugin).
 
-    Sleeps ``min_interval_s`` after every snapshot, then looks every millisecond, or every ten when the engine has been
-    silent for a while.
+    Sleeps ``min_interval_s`` after every snapshot, then looks every millisecond, or every ten while the engine has no
+    requests or has been silent for a while.
     """
 
     def __init__(self, name: str, min_interval_s: float = 0.005) -> None:
@@ -41,7 +45,7 @@ class SharedMemorySource:
         self.problem: str | None = f"no engine publishes as {name!r} yet"
 
     async def frames(self) -> AsyncIterator[bytes]:
-        changed_s = alive_s = -ALIVE_EVERY_S
+        alive_s, busy_until_s = -ALIVE_EVERY_S, 0.0
         try:
             while True:
                 now_s = time.monotonic()
@@ -50,12 +54,14 @@ class SharedMemorySource:
                     alive_s = now_s
                 frame = self._reader.read()
                 if frame is not None:
-                    changed_s = now_s
+                    busy_until_s = now_s + BUSY_S if _has_requests(frame) else 0.0
+                    if self.problem is not None:
+                        self._look_alive()  # it came, or came back, since the last look
                     if self.problem is None:
                         yield frame
                     await asyncio.sleep(max(self._min_interval_s, BUSY_SLEEP_S))
                 else:
-                    await asyncio.sleep(BUSY_SLEEP_S if now_s - changed_s < BUSY_S else IDLE_SLEEP_S)
+                    await asyncio.sleep(BUSY_SLEEP_S if now_s < busy_until_s else IDLE_SLEEP_S)
         finally:
             self._reader.close()
 
@@ -64,6 +70,10 @@ class SharedMemorySource:
             self.problem = None
         elif self.problem is None:
             self.problem = f"the engine that published as {self._name!r} is gone"
+
+
+def _has_requests(frame: bytes) -> bool:
+    return len(frame) >= HEADER.itemsize and any(_COUNTS.unpack_from(frame, _COUNTS_AT))
 
 
 SOURCES: Final[Mapping[str, Callable[[str, float], StateSource]]] = {

@@ -148,6 +148,7 @@ class InstanceState:
             self._loaded = False
         if not self._loaded:
             self._mirror.load(snapshot, self.lengths.totals(snapshot))
+            self._mirror.output_s = self.profile.output_s + self.profile.output_request_s * (snapshot.running + 1)
             self._loaded = True
         return self._mirror
 

@@ -14,10 +14,12 @@ import heapq
 from collections.abc import Callable, Sequence
 
 from block.core import Decision, InstanceId, Prediction
+from block.length.distribution import Estimate
 from block.length.simple import Estimator, OracleEstimator
 from block.length.table import make_estimator
 from block.metrics.row import Row, finished_row
 from block.policy import policy_from
+from block.policy.hold import Hold, holds, prediction_of
 from block.simulate.config import Failure, SimulationConfig
 from block.simulate.gateway import Dispatched, Gateway
 from block.simulate.instance import Instance, View
@@ -48,14 +50,14 @@ def simulate(
 class _Job:
     """One offered request under way; written by the cluster alone."""
 
-    __slots__ = ("decided_s", "gateway", "instance", "offered", "prediction", "row", "tries")
+    __slots__ = ("decided_s", "estimate", "gateway", "instance", "offered", "prediction", "row")
 
     def __init__(self, offered: Offered, gateway: Gateway) -> None:
         self.offered, self.gateway = offered, gateway
         self.instance: Instance | None = None
         self.prediction: Prediction | None = None
+        self.estimate: Estimate | None = None
         self.decided_s = 0.0
-        self.tries = 0
         self.row: Row | None = None
 
 
@@ -123,33 +125,63 @@ class _Cluster:
         self._at(gateway.free_s, lambda at_s: self._dispatch(number, at_s))
 
     def _dispatch(self, number: int, now_s: float) -> None:
+        """Send a request, or keep it at its gateway."""
+        job = self._jobs[number]
+        gateway, hold = job.gateway, job.gateway.policy.hold
+        if hold is None or len(gateway.held) >= hold.queue_max:
+            self._try(number, now_s)
+        elif (len(gateway.held) > hold.ahead) or not self._try(number, now_s, hold):
+            gateway.held.append(number)
+            if len(gateway.held) == 1:
+                self._at(now_s + hold.tick_s, lambda at_s: self._tick(gateway, hold, at_s))
+
+    def _tick(self, gateway: Gateway, hold: Hold, now_s: float) -> None:
+        """Try the held requests again, the first ones first."""
+        stay: list[int] = []
+        while gateway.held and len(stay) <= hold.ahead:
+            number = gateway.held.popleft()
+            if not self._try(number, now_s, hold):
+                stay.append(number)
+        gateway.held.extendleft(reversed(stay))
+        if gateway.held:
+            self._at(now_s + hold.tick_s, lambda at_s: self._tick(gateway, hold, at_s))
+
+    def _try(self, number: int, now_s: float, hold: Hold | None = None) -> bool:
+        """Decide, and send unless the decision says to hold; whether the request is off the gateway's hands."""
         job = self._jobs[number]
         request = job.offered.request
-        estimate = self._estimator.estimate(request)
+        if job.estimate is None:
+            job.estimate = self._estimator.estimate(request)
+        decision = self._decide(job, job.estimate, now_s)
+        if decision is None:
+            job.row = _lost(job, now_s, "rejected", "no instance is healthy")
+            return True
+        if hold is not None and holds(hold, decision, now_s - request.arrived_s):
+            return False
+        instance = job.instance = self._by_id[decision.instance]
+        job.decided_s, job.prediction = now_s, prediction_of(decision)
+        if not instance.can_ever_run(request.prompt_tokens, job.offered.output_tokens):
+            job.row = _lost(job, now_s, "rejected", "longer than the instance can hold")
+            return True
+        arrives_s = now_s + self._config.gateways.network_s + instance.input_s
+        most = instance.most_tokens(request.prompt_tokens, request.max_tokens)
+        instance.view.add(request.prompt_tokens, most, job.offered.output_tokens, job.estimate, arrives_s, number)
+        instance.present.add(number)
+        job.gateway.note(instance.id, Dispatched(request.prompt_tokens, most, job.estimate, arrives_s, number), now_s)
+        return True
+
+    def _decide(self, job: _Job, estimate: Estimate, now_s: float) -> Decision | None:
         if self._config.gateways.snapshot_interval_s == 0:
             for instance in self._instances:
                 self._advance(instance, now_s)
         healthy = self._healthy
-        while True:
-            if not healthy:
-                job.row = _lost(job, now_s, "rejected", "no instance is healthy")
-                return
-            decision = job.gateway.decide(request, estimate, healthy, now_s)
-            instance = self._by_id[decision.instance]
-            if instance.alive:
-                break
+        while healthy:
+            decision = job.gateway.decide(job.offered.request, estimate, healthy, now_s)
+            if self._by_id[decision.instance].alive:
+                return decision
             # Connection refused: not a byte was answered, so another one is asked at once.
-            healthy = [other for other in healthy if other != instance.id]
-        job.instance, job.decided_s, job.prediction = instance, now_s, _prediction_of(decision)
-        job.tries += 1
-        if not instance.can_ever_run(request.prompt_tokens, job.offered.output_tokens):
-            job.row = _lost(job, now_s, "rejected", "longer than the instance can hold")
-            return
-        arrives_s = now_s + self._config.gateways.network_s + instance.input_s
-        most = instance.most_tokens(request.prompt_tokens, request.max_tokens)
-        instance.view.add(request.prompt_tokens, most, job.offered.output_tokens, estimate, arrives_s, number)
-        instance.present.add(number)
-        job.gateway.note(instance.id, Dispatched(request.prompt_tokens, most, estimate, arrives_s, number), now_s)
+            healthy = [other for other in healthy if other != decision.instance]
+        return None
 
     def _advance(self, instance: Instance, until_s: float) -> None:
         engine = instance.view.engine
@@ -239,13 +271,6 @@ class _Cluster:
         """The gateways notice whether the instance is up."""
         instance.listed = instance.alive
         self._healthy = [one.id for one in self._instances if one.listed]
-
-
-def _prediction_of(decision: Decision) -> Prediction | None:
-    for candidate in decision.candidates:
-        if candidate.instance == decision.instance:
-            return candidate.prediction
-    return None
 
 
 def _lost(job: _Job, now_s: float, status: str, error: str) -> Row:

@@ -39,6 +39,8 @@ class Gateway:
         self.policy = policy
         self.free_s = 0.0
         """When it is done with the requests that came before."""
+        self.held: deque[int] = deque()
+        """Numbers of the requests that it keeps for now, oldest first."""
         self._model = model
         self._instances = {instance.id: instance for instance in instances}
         self._bank = bank

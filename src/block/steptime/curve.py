@@ -1,7 +1,8 @@
 """How long one step takes: the compiled evaluation of a step-time profile.
 
 A decode-only step of n requests takes ``decode_base[n] + kv_s * context``: linear in the context, so that many steps of one
-batch have a closed form. Prefills add ``prefill_base[prefill_tokens] + attention_s * prefill_work + chunk_s * chunks``.
+batch have a closed form. A step with prefill takes ``mixed_base[tokens] + request_s * n + kv_s * context + attention_s * prefill_work
++ chunk_s * chunks``, where tokens are the batch's, decoding ones included.
 ``launch_s`` is how long the CPU is busy with scheduling and launching the step:
 the results of the step before it are not looked at earlier. An idle accelerator starts ``head_s`` after the step is
 scheduled. See docs/engine-model.md.
@@ -11,21 +12,22 @@ import cython
 
 
 class StepCurve:
-    """Step times in seconds; arrays are indexed by requests and by prefill tokens, the last slope goes on beyond their ends.
+    """Step times in seconds; arrays are indexed by requests and by tokens, the last slope goes on beyond their ends.
 
     ``graph_tokens``: the most tokens of a step that the engine runs from captured CUDA graphs; beyond, every kernel is
     launched by itself (``launch_eager_s``).
     """
 
-    def __init__(self, decode_base, prefill_base, kv_s, attention_s, chunk_s, launch_decode_s, launch_graph_s,
-                 launch_eager_s, launch_request_s, head_s, graph_tokens):
-        if len(decode_base) < 2 or len(prefill_base) < 2:
+    def __init__(self, decode_base, mixed_base, kv_s, attention_s, chunk_s, request_s, launch_decode_s,
+                 launch_graph_s, launch_eager_s, launch_request_s, head_s, graph_tokens):
+        if len(decode_base) < 2 or len(mixed_base) < 2:
             raise ValueError("a step curve needs at least two points a table")
         self.decode_base = decode_base
-        self.prefill_base = prefill_base
+        self.mixed_base = mixed_base
         self.kv_s = kv_s
         self.attention_s = attention_s
         self.chunk_s = chunk_s
+        self.request_s = request_s
         self.launch_decode_s = launch_decode_s
         self.launch_graph_s = launch_graph_s
         self.launch_eager_s = launch_eager_s
@@ -42,15 +44,17 @@ class StepCurve:
 
     def gpu_s(self, decode_requests, context, prefill_tokens, prefill_work, chunks):
         """Seconds that the accelerator works on one step."""
-        step_s: cython.double = self.decode_base_s(decode_requests) + self.kv_s * context
         if chunks == 0:
-            return step_s
-        last: cython.longlong = len(self.prefill_base) - 1
-        if prefill_tokens <= last:
-            step_s += self.prefill_base[prefill_tokens]
+            return self.decode_base_s(decode_requests) + self.kv_s * context
+        tokens: cython.longlong = decode_requests + prefill_tokens
+        last: cython.longlong = len(self.mixed_base) - 1
+        base: cython.double
+        if tokens <= last:
+            base = self.mixed_base[tokens]
         else:
-            step_s += self.prefill_base[last] + (prefill_tokens - last) * (self.prefill_base[last] - self.prefill_base[last - 1])
-        return step_s + self.attention_s * prefill_work + self.chunk_s * chunks
+            base = self.mixed_base[last] + (tokens - last) * (self.mixed_base[last] - self.mixed_base[last - 1])
+        return (base + self.request_s * decode_requests + self.kv_s * context + self.attention_s * prefill_work
+                + self.chunk_s * chunks)
 
     def launch_s(self, decode_requests, prefill_tokens, chunks):
         """Seconds that the CPU is busy with one step: from taking in results over scheduling to its last kernel launch."""

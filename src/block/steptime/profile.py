@@ -28,7 +28,7 @@ class RegimeError(msgspec.Struct, frozen=True, kw_only=True):
 class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Seconds per step of one (GPU, model, tensor parallelism); see ``curve.StepCurve`` for the formula.
 
-    ``decode_knots``: (decode requests, seconds), ``prefill_knots``: (prefill tokens of a step, seconds more), both linear
+    ``decode_knots``: (decode requests, seconds), ``mixed_knots``: (tokens of a step with prefill, seconds), both linear
     between knots and beyond the last two. ``caching_s``: what every step takes longer with prefix caching on.
     ``input_s``: from the API's arrival to the scheduler's queue; ``output_s`` + ``output_request_s`` per request of the
     batch: from a step's results to the caller.
@@ -41,10 +41,11 @@ class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     source: str = ""
     licence: str = ""
     decode_knots: Knots
-    prefill_knots: Knots
+    mixed_knots: Knots
     kv_s: float
     attention_s: float = 0.0
     chunk_s: float = 0.0
+    request_s: float = 0.0
     caching_s: float = 0.0
     launch_decode_s: float = 0.0
     launch_graph_s: float = 0.0
@@ -65,9 +66,9 @@ class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         limits = limits or EngineLimits()
         more_s = self.caching_s if limits.enable_prefix_caching else 0.0
         return StepCurve(
-            _dense(self.decode_knots, scale, more_s), _dense(self.prefill_knots, scale), self.kv_s * scale,
-            self.attention_s * scale, self.chunk_s * scale, self.launch_decode_s * scale, self.launch_graph_s * scale,
-            self.launch_eager_s * scale, self.launch_request_s * scale, self.head_s * scale, graph_tokens(limits),
+            _dense(self.decode_knots, scale, more_s), _dense(self.mixed_knots, scale, more_s), self.kv_s * scale,
+            self.attention_s * scale, self.chunk_s * scale, self.request_s * scale, self.launch_decode_s * scale,
+            self.launch_graph_s * scale, self.launch_eager_s * scale, self.launch_request_s * scale, self.head_s * scale, graph_tokens(limits),
         )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def graph_tokens(limits: EngineLimits) -> int:
     return min(GRAPH_TOKENS_MOST, 2 * limits.max_num_seqs)
 
 
-def _dense(knots: Knots, scale: float, more_s: float = 0.0) -> "array[float]":
+def _dense(knots: Knots, scale: float, more_s: float) -> "array[float]":
     import numpy as np
 
     x, y = np.array(knots, dtype=float).T

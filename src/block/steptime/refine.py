@@ -29,7 +29,7 @@ def scaled(profile: StepTimeProfile, factors: Floats) -> StepTimeProfile:
         profile,
         launch_graph_s=profile.launch_graph_s * graph,
         launch_eager_s=profile.launch_eager_s * eager,
-        prefill_knots=[(tokens, seconds * work) for tokens, seconds in profile.prefill_knots],
+        mixed_knots=[(tokens, seconds * work) for tokens, seconds in profile.mixed_knots],
         attention_s=profile.attention_s * work,
     )
 

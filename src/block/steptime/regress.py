@@ -5,6 +5,8 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 Floats = npt.NDArray[np.float64]
+REWEIGHTINGS = 8
+BEND_SCALE = 256.0  # tokens at which the work has about doubled
 
 
 def rises(x: Floats, knots: Floats) -> Floats:
@@ -26,10 +28,15 @@ def hinges(x: Floats, knots: Floats) -> Floats:
 
 
 def bends(knots: Floats, columns: int, strength: float) -> Floats:
-    """Penalty rows that pull the slopes of neighbouring segments (columns 1 ... of ``rises``) together."""
+    """Penalty rows that pull the slopes of neighbouring segments (columns 1 ... of ``rises``) together.
+
+    A bend counts by how far it leads apart over the shorter of its segments, relative to how far along it is.
+    """
+    lengths = np.diff(knots)
     rows = np.zeros((max(len(knots) - 2, 0), columns))
     for i in range(len(rows)):
-        rows[i, i + 1], rows[i, i + 2] = strength, -strength
+        weight = strength * min(lengths[i], lengths[i + 1]) / (1 + knots[i + 1] / BEND_SCALE)
+        rows[i, i + 1], rows[i, i + 2] = weight, -weight
     return rows
 
 
@@ -45,10 +52,16 @@ def solve(columns: Floats, target: Floats, weights: Floats, penalty: Floats, kne
 
     ``knee``: weighted errors beyond it count linearly, not squared (iteratively reweighted); ``None``: all squared.
     """
-    zeros = np.zeros(len(penalty))
-    found: Floats = nnls(np.vstack([columns * weights[:, None], penalty]), np.concatenate([target * weights, zeros]))[0]
-    for _ in range(8 if knee else 0):
+    found = _least_squares(columns, target, weights, penalty)
+    for _ in range(REWEIGHTINGS if knee else 0):
         error = (columns @ found - target) * weights
-        softer = weights / np.sqrt(np.sqrt(1 + (error / knee) ** 2))
-        found = nnls(np.vstack([columns * softer[:, None], penalty]), np.concatenate([target * softer, zeros]))[0]
+        found = _least_squares(columns, target, weights / np.sqrt(np.sqrt(1 + (error / knee) ** 2)), penalty)
+    return found
+
+
+def _least_squares(columns: Floats, target: Floats, weights: Floats, penalty: Floats) -> Floats:
+    rows = np.vstack([columns * weights[:, None], penalty])
+    right = np.concatenate([target * weights, np.zeros(len(penalty))])
+    q, r = np.linalg.qr(rows)  # the same problem with as many rows as columns
+    found: Floats = nnls(r, q.T @ right)[0]
     return found

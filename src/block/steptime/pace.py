@@ -1,4 +1,4 @@
-"""Fit of steps with prefill: the CPU's launch time, and the accelerator's work where it is what the step waits for.
+"""What a step log shows of the two clocks of a step: the CPU's launch, and the end on the accelerator.
 
 Theory: let S be when a step is scheduled and U when its results are taken in. U(k-1) = max(end of k-1 on the accelerator, S(k) + launch(k)).
 Launching a step with prefill takes longer than a decode step executes, so U(k-1) then shows the launch of k, and
@@ -13,26 +13,20 @@ import numpy as np
 import numpy.typing as npt
 
 from block.engine.limits import EngineLimits
-from block.steptime.decode import MILLI, DecodeFit
 from block.steptime.profile import graph_tokens
-from block.steptime.regress import Floats, balanced, hinges, solve
-from block.steptime.roofline import Arithmetic
+from block.steptime.regress import Floats
 from block.steptime.steplog import StepLog
 
-KNOTS = np.array([0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096], dtype=float)
-DECODE, GRAPH, EAGER = 0, 1, 2  # kinds of launch
+DECODE, GRAPH, EAGER = 0, 1, 2  # kinds of launch: decode-only, with prefill from CUDA graphs, beyond the captured sizes
 KINDS = 3
 MARGIN_S = 1.5e-3  # a result this much later than the CPU was free shows the accelerator
+GPU_BOUND_S = 1e-3  # the CPU must have waited this long for a decode step to be the accelerator's time
+PAUSE_S = 0.2  # longer decode steps are pauses of the engine, not work
 FREE_FRACTION = 0.85  # the accelerator must be done by then for a launch to show unselected
 CLIP_PERCENTILE = 90  # slower launches are stalls of the host, which hide the slope
 DECODE_LAUNCH_S = 2e-3  # where nothing shows it: a captured graph's launch, scheduling and taking in results
-KNEE = 0.05  # relative errors beyond are stalls: they count linearly
 TAIL_PERCENTILE = 5
 LEAST_FRACTION = 0.7  # a step with prefill is not much faster than its decoding part alone
-PRIOR_TOKENS = (1024.0, 2048.0, 4096.0)
-PRIOR_WEIGHT = 0.3  # of one measured step each
-PRIOR_HIDDEN = 0.8  # of a decode step
-CELL_MOST = 60
 LAUNCHES_FEW = 10
 
 
@@ -51,28 +45,17 @@ class LaunchFit(msgspec.Struct, frozen=True, eq=False):
         return self.kind_s[kinds] + self.request_s * (log.decode_requests + log.chunks)
 
 
-class PrefillFit(msgspec.Struct, frozen=True, eq=False):
-    """What prefills add to a step: convex in their tokens, as of work bound first by memory and then by arithmetic."""
-
-    knots: Floats
-    base: Floats
-    attention_s: float
-    chunk_s: float
-
-
 class Observed(msgspec.Struct, frozen=True, eq=False):
-    """One log with what is known about it; arrays of shape (steps,)."""
+    """One log with what is known about it; arrays of shape (steps,). ``decode_s``: modelled work of the decoding part."""
 
     log: StepLog
     kinds: npt.NDArray[np.int64]
     decode_s: Floats
-    caching_s: float
 
 
-def observe(log: StepLog, limits: EngineLimits, decode: DecodeFit) -> Observed:
+def observe(log: StepLog, limits: EngineLimits, decode_s: Floats) -> Observed:
     kinds = np.where(log.tokens > graph_tokens(limits), EAGER, np.where(log.pure_decode, DECODE, GRAPH))
-    caching = limits.enable_prefix_caching
-    return Observed(log, kinds, decode.seconds(log, caching), decode.caching_s if caching else 0.0)
+    return Observed(log, kinds, decode_s)
 
 
 def first_launch(seen: Sequence[Observed]) -> LaunchFit:
@@ -174,33 +157,11 @@ def work_samples(one: Observed, launch: LaunchFit) -> tuple[npt.NDArray[np.int64
     seen = ~np.isnan(began) & (u[k] > s[k] + took + MARGIN_S) & (work > LEAST_FRACTION * one.decode_s[k])
     return k[seen], work[seen]
 
-
-def fit_prefill(seen: Sequence[Observed], launch: LaunchFit, prior: Arithmetic | None) -> PrefillFit | None:
-    """Fit what prefills add to the accelerator's work; ``None`` if too few steps show it.
-
-    ``prior`` counts where nothing is measured.
-    """
-    samples = [work_samples(one, launch) for one in seen]
-    if sum(len(k) for k, _ in samples) < 2 * LAUNCHES_FEW:
-        return None
-    most = max(float(one.log.prefill_tokens[k].max()) for one, (k, _) in zip(seen, samples, strict=True) if len(k))
-    knots = KNOTS if prior is not None else KNOTS[: max(int(np.searchsorted(KNOTS, most)), 2)]
-    columns, added, weights = [], [], []
-    for one, (k, seconds) in zip(seen, samples, strict=True):
-        log = one.log
-        columns.append(np.column_stack([hinges(log.prefill_tokens[k], knots), log.prefill_work[k] / 1e6, log.chunks[k]]))
-        added.append((seconds - one.decode_s[k]) / MILLI)
-        weights.append(balanced(np.searchsorted(knots, log.prefill_tokens[k]), CELL_MOST) / (seconds / MILLI))
-    if prior is not None:
-        tokens = np.array(PRIOR_TOKENS)
-        work = tokens**2 / 2
-        expected = (prior.token_s * tokens + prior.attention_s * work) / MILLI
-        columns.append(np.column_stack([hinges(tokens, knots), work / 1e6, np.ones(len(tokens))]))
-        # The weights are read once a step: their time is in the decode table already, and hidden by arithmetic here.
-        added.append(expected - PRIOR_HIDDEN * float(np.median(seen[0].decode_s)) / MILLI)
-        weights.append(PRIOR_WEIGHT / expected)
-    matrix = np.concatenate(columns)
-    found = solve(matrix, np.concatenate(added), np.concatenate(weights), np.zeros((0, matrix.shape[1])), KNEE)
-    n = len(knots)
-    until = np.append(knots, 2 * knots[-1])
-    return PrefillFit(until, hinges(until, knots) @ found[:n] * MILLI, float(found[n] * MILLI / 1e6), float(found[n + 1] * MILLI))
+def steady(log: StepLog) -> npt.NDArray[np.int64]:
+    """Indices of steps whose work is the distance of results: decode-only between such, the CPU waiting for each."""
+    plain = log.pure_decode
+    u, s = log.finished_s, log.scheduled_s
+    k = np.arange(2, max(len(log) - 1, 2))
+    step_s = u[k] - u[k - 1]
+    ok = plain[k - 1] & plain[k] & plain[k + 1] & (u[k - 1] - s[k] > GPU_BOUND_S) & (step_s > 0) & (step_s < PAUSE_S)
+    return k[ok]

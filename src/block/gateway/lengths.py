@@ -9,7 +9,7 @@ from block.length.table import make_estimator
 HEADER: Final = b"x-emulate-output-tokens"
 
 
-class Oracle:
+class HeaderLengths:
     """The ``header`` estimator, told each request's length before it is asked. A request without the header gets history."""
 
     def __init__(self) -> None:

@@ -1,0 +1,90 @@
+"""Fit a step-time profile to measured step logs.
+
+Four stages: the work of decode-only steps, which nothing hides; the CPU's launch times, and from both when each step ended on
+the accelerator (``pace``); the work of all steps together (``work``); a few factors that make whole windows right (``refine``).
+"""
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from block.engine.limits import EngineLimits
+from block.errors import BadInputError
+from block.steptime.pace import LaunchFit, first_launch, fit_launch, observe, steady, work_samples
+from block.steptime.profile import StepTimeProfile
+from block.steptime.refine import refine
+from block.steptime.roofline import Arithmetic
+from block.steptime.steplog import StepLog
+from block.steptime.windows import errors_by_regime
+from block.steptime.work import WorkFit, fit_work, samples, together
+
+LAUNCH_ROUNDS = 2
+
+Logs = Sequence[tuple[StepLog, EngineLimits]]
+
+
+class Subject(msgspec.Struct, frozen=True, kw_only=True):
+    """What the logs are of."""
+
+    name: str
+    gpu: str
+    model: str
+    tensor_parallel: int = 1
+    source: str = ""
+    prior: Arithmetic | None = None
+
+
+def fit_profile(logs: Logs, subject: Subject, progress: Callable[[str], None] = lambda stage: None) -> StepTimeProfile:
+    """Fit logs of one (GPU, model, tensor parallelism), of asynchronous scheduling; errors by regime are in the profile.
+
+    Raises:
+        BadInputError: the logs hold too few decode-only steps, or too few steps with prefill.
+    """
+    progress("decode steps")
+    plain = [
+        samples(log, limits, i, k, log.finished_s[k] - log.finished_s[k - 1])
+        for i, (log, limits) in enumerate(logs)
+        for k in [steady(log)]
+    ]
+    decode = fit_work(together(plain), None)
+    if decode is None:
+        raise BadInputError("The step logs hold too few decode-only steps in a row to fit a profile.")
+    progress("launches")
+    seen = [observe(log, limits, decode.decode_s(log, limits)) for log, limits in logs]
+    launch = first_launch(seen)
+    for _ in range(LAUNCH_ROUNDS):
+        launch = fit_launch(seen, launch)
+    progress("steps with prefill")
+    mixed = [
+        samples(log, limits, i, *work_samples(one, launch)) for i, ((log, limits), one) in enumerate(zip(logs, seen, strict=True))
+    ]
+    work = fit_work(together([*plain, *mixed]), subject.prior)
+    if work is None or not sum(len(m.seconds) for m in mixed):
+        raise BadInputError("The step logs hold too few steps with prefill to fit a profile.")
+    progress("windows")
+    most = max(int(log.decode_requests.max()) for log, _ in logs)
+    profile = _profile(work, launch, most, subject)
+    return msgspec.structs.replace(profile, errors=errors_by_regime(logs, profile))
+
+
+def _profile(work: WorkFit, launch: LaunchFit, most: int, subject: Subject) -> StepTimeProfile:
+    decode_s, graph_s, eager_s = map(float, launch.kind_s)
+    return StepTimeProfile(
+        name=subject.name,
+        gpu=subject.gpu,
+        model=subject.model,
+        tensor_parallel=subject.tensor_parallel,
+        source=subject.source,
+        decode_knots=work.decode_table(most),
+        mixed_knots=work.mixed_table(),
+        kv_s=work.kv_s,
+        attention_s=work.attention_s,
+        chunk_s=work.chunk_s,
+        request_s=work.request_s,
+        caching_s=work.caching_s,
+        launch_decode_s=decode_s,
+        launch_graph_s=graph_s,
+        launch_eager_s=eager_s,
+        launch_request_s=launch.request_s,
+        head_s=launch.head_s,
+    )

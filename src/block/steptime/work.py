@@ -1,0 +1,165 @@
+"""Fit of the accelerator's work: one model for decode-only steps and for steps with prefill.
+
+    work = G(tokens) + request_s * decode_requests + kv_s * context + attention_s * prefill_work + chunk_s * chunks
+           (+ mixed_s in a step with prefill, + caching_s with prefix caching)
+
+G, the matrix products, is the same function of the batch's tokens whether they decode or prefill; it never falls. All
+coefficients are non-negative. Below the largest captured CUDA graph the tokens are padded to the next captured size.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from block.engine.limits import EngineLimits
+from block.steptime.profile import graph_tokens
+from block.steptime.regress import Floats, balanced, bends, rises, solve
+from block.steptime.roofline import Arithmetic
+from block.steptime.steplog import StepLog, cuda_graph_sizes
+
+KNOTS = np.array([1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096, 8192], dtype=float)
+CONTEXT_CELLS = np.array([64, 200, 500, 1000, 2000, 4000])  # tokens a request
+CELL_MOST = 30  # steps of one (tokens, context, log) cell that count fully
+SMOOTH = 0.5  # how strongly the slopes of neighbouring segments pull together
+KNEE = 0.05  # relative errors beyond it are stalls of the host: they count linearly
+SAMPLES_FEW = 40
+LONG_TOKENS = 512
+SUSTAINED_TRUST = 0.3
+SHORT_TRUST = 0.5
+PRIOR_TOKENS = (1024.0, 2048.0, 4096.0)
+PRIOR_WEIGHT = 0.3  # of one measured step each
+MILLI = 1e-3
+
+
+class Samples(msgspec.Struct, frozen=True, eq=False):
+    """Steps whose work is seen; arrays of shape (samples,). ``tokens`` are padded, ``seconds`` the work,
+    ``trust`` a weight."""
+
+    tokens: Floats
+    requests: Floats
+    context: Floats
+    prefill_work: Floats
+    chunks: Floats
+    caching: Floats
+    log: npt.NDArray[np.int64]
+    seconds: Floats
+    trust: Floats
+
+    def columns(self, knots: Floats) -> Floats:
+        return np.column_stack([
+            rises(self.tokens, knots), self.requests, self.context / 1e3, self.prefill_work / 1e6, self.chunks,
+            self.chunks > 0, self.caching,
+        ])  # fmt: skip
+
+    def weights(self) -> Floats:
+        each = self.context / np.maximum(self.requests, 1)
+        cells = np.searchsorted(KNOTS, self.tokens) * 1000 + np.searchsorted(CONTEXT_CELLS, each) * 100 + self.log
+        found = balanced(cells + 10**6 * (self.chunks > 0), CELL_MOST)
+        found[(self.chunks == 0) & (each < CONTEXT_CELLS[0])] *= SHORT_TRUST  # real batches are not that short; a sweep's are
+        return found * self.trust / (self.seconds / MILLI)
+
+
+class WorkFit(msgspec.Struct, frozen=True, eq=False):
+    """The coefficients above, in seconds; ``base`` is G at the knots."""
+
+    knots: Floats
+    base: Floats
+    request_s: float
+    kv_s: float
+    attention_s: float
+    chunk_s: float
+    mixed_s: float
+    caching_s: float
+
+    def g(self, tokens: Floats) -> Floats:
+        slope = (self.base[-1] - self.base[-2]) / (self.knots[-1] - self.knots[-2])
+        return np.interp(tokens, self.knots, self.base) + np.maximum(tokens - self.knots[-1], 0) * slope
+
+    def decode_s(self, log: StepLog, limits: EngineLimits) -> Floats:
+        """Work of every step's decoding part alone, shape (steps,)."""
+        more_s = self.caching_s if limits.enable_prefix_caching else 0.0
+        tokens = padded(np.maximum(log.decode_requests, 1), limits)
+        return self.g(tokens) + self.request_s * log.decode_requests + self.kv_s * log.context + more_s
+
+    def decode_table(self, most: int) -> list[tuple[float, float]]:
+        """Profile knots of decode-only steps, up to ``most`` requests: G is flat up to each captured size."""
+        sizes = cuda_graph_sizes(most)
+        knots = sorted({1, *(int(s) + 1 for s in sizes[:-1]), *(int(s) for s in sizes)})
+        n = np.array(knots, dtype=float)
+        seconds = self.g(sizes[np.searchsorted(sizes, n)].astype(float)) + self.request_s * n
+        return [(float(x), round(float(y), 9)) for x, y in zip(knots, seconds, strict=True)]
+
+    def mixed_table(self) -> list[tuple[float, float]]:
+        """Profile knots of steps with prefill, by tokens."""
+        return [(float(x), round(float(y + self.mixed_s), 9)) for x, y in zip(self.knots, self.base, strict=True)]
+
+
+def padded(tokens: Floats, limits: EngineLimits) -> Floats:
+    """Tokens that are computed: the next captured size, where a CUDA graph of it is captured."""
+    most = graph_tokens(limits)
+    sizes = cuda_graph_sizes(most)
+    up = sizes[np.minimum(np.searchsorted(sizes, tokens), len(sizes) - 1)].astype(float)
+    return np.where(tokens <= most, up, tokens)
+
+
+def samples(
+    log: StepLog, limits: EngineLimits, number: int, index: npt.NDArray[np.int64], seconds: Floats
+) -> Samples:
+    """The steps ``index`` of a log, which took ``seconds`` of work."""
+    return Samples(
+        tokens=padded(log.tokens[index], limits),
+        requests=log.decode_requests[index],
+        context=log.context[index],
+        prefill_work=log.prefill_work[index],
+        chunks=log.chunks[index],
+        caching=np.full(len(index), float(limits.enable_prefix_caching)),
+        log=np.full(len(index), number),
+        seconds=seconds,
+        trust=np.where(_sustained(log)[index], SUSTAINED_TRUST, 1.0),
+    )
+
+
+def _sustained(log: StepLog) -> npt.NDArray[np.bool_]:
+    """Steps in the midst of long prefills: the accelerator slows down under them, more than serving makes it."""
+    long = log.prefill_tokens >= LONG_TOKENS
+    found = np.zeros(len(log), bool)
+    found[2:] = long[2:] & long[1:-1] & long[:-2]
+    return found
+
+
+def together(parts: Sequence[Samples]) -> Samples:
+    return Samples(**{f: np.concatenate([getattr(p, f) for p in parts]) for f in Samples.__struct_fields__})
+
+
+def fit_work(seen: Samples, prior: Arithmetic | None) -> WorkFit | None:
+    """Fit the samples; ``None`` if there are too few. ``prior`` counts where no step shows long prefills."""
+    if len(seen.seconds) < SAMPLES_FEW:
+        return None
+    with_prefill = bool((seen.chunks > 0).any())
+    most = float(max(seen.tokens.max(), PRIOR_TOKENS[-1] if prior is not None and with_prefill else 0.0))
+    knots = KNOTS[: max(int(np.searchsorted(KNOTS, most)) + 1, 3)]
+    n = len(knots)
+    columns, target, weights = seen.columns(knots), seen.seconds / MILLI, seen.weights()
+    if not seen.caching.any() or seen.caching.all():
+        columns[:, -1] = 0.0
+    if prior is not None and with_prefill:
+        known = _arithmetic_samples(prior, float(np.percentile(seen.seconds, 5)))
+        columns = np.concatenate([columns, known.columns(knots)])
+        target = np.concatenate([target, known.seconds / MILLI])
+        weights = np.concatenate([weights, PRIOR_WEIGHT / (known.seconds / MILLI)])
+    penalty = bends(knots, columns.shape[1], SMOOTH * MILLI / float(np.median(seen.seconds)))
+    found = solve(columns, target, weights, penalty, KNEE) * MILLI
+    base = found[0] + np.concatenate([[0.0], np.cumsum(found[1:n] * np.diff(knots))])
+    request, kv, attention, chunk, mixed, caching = map(float, found[n:])
+    return WorkFit(knots, base, request, kv / 1e3, attention / 1e6, chunk, mixed, caching)
+
+
+def _arithmetic_samples(prior: Arithmetic, least_s: float) -> Samples:
+    """Whole single prompts as arithmetic has them, on top of a fifth of the shortest step (what is not hidden behind it)."""
+    tokens = np.array(PRIOR_TOKENS)
+    work = tokens**2 / 2
+    zero = np.zeros(len(tokens))
+    seconds = prior.token_s * tokens + prior.attention_s * work + 0.2 * least_s
+    return Samples(tokens, zero, zero, work, zero + 1, zero, zero.astype(np.int64), seconds, zero + 1)

@@ -1,0 +1,191 @@
+"""Engines on real sockets that behave well, badly, or not at all; and a predictor that says what a test tells it."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+MODEL = "fake"
+USAGE = {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
+
+
+def encoded(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def answer(body: bytes, status: str = "200 OK", content_type: str = "application/json", extra: str = "") -> bytes:
+    return f"HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\ncontent-length: {len(body)}\r\n{extra}\r\n".encode() + body
+
+
+def chunk(body: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(body), body)
+
+
+def event(text: str, chat: bool = True) -> bytes:
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None} if chat else {"index": 0, "text": text, "finish_reason": None}
+    kind = "chat.completion.chunk" if chat else "text_completion"
+    return b"data: " + encoded({"id": "x", "object": kind, "created": 1, "model": MODEL, "choices": [choice]}) + b"\n\n"
+
+
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+class Heard:
+    """One request as an engine heard it."""
+
+    def __init__(self, head: bytes, body: bytes, gone: Callable[[], bool]) -> None:
+        self.gone = gone
+        line, *rest = head.decode("latin-1").split("\r\n")
+        self.method, self.path, _ = line.split(" ", 2)
+        self.headers = {name.lower(): value.strip() for name, _, value in (h.partition(":") for h in rest if h)}
+        self.body = body
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+Behave = Callable[["FakeEngine", Heard, asyncio.StreamWriter], Awaitable[None]]
+
+
+class FakeEngine:
+    """An OpenAI server whose answers to POST are ``behave``'s; ``heard`` keeps the POSTs."""
+
+    def __init__(self, behave: Behave | None = None, *, models: tuple[str, ...] = (MODEL,)) -> None:
+        self.behave = behave or well
+        self.models = models
+        self.heard: list[Heard] = []
+        self.left = 0
+        """Clients that closed before their answer was whole."""
+        self.healthy = True
+        self.port = 0
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def start(self, port: int = 0) -> "FakeEngine":
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port or self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def stop(self) -> None:
+        """As if killed: no more listening, all connections cut."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for writer in list(self._writers):
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+    @property
+    def connections(self) -> int:
+        return len(self._writers)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                heard = Heard(head[:-4], b"", reader.at_eof)
+                heard.body = await reader.readexactly(int(heard.headers.get("content-length", 0)))
+                if heard.method == "GET":
+                    writer.write(self._own(heard.path))
+                else:
+                    self.heard.append(heard)
+                    await self.behave(self, heard, writer)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    def _own(self, path: str) -> bytes:
+        if path == "/v1/models":
+            return answer(encoded({"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]}))
+        return answer(b"{}", "200 OK" if self.healthy else "503 Service Unavailable")
+
+
+async def well(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+    """Four tokens, streamed or not."""
+    chat = "chat" in heard.path
+    if heard.json.get("stream"):
+        writer.write(STREAM_HEAD)
+        for n in range(4):
+            writer.write(chunk(event(f" t{n}", chat)))
+            await writer.drain()
+            await asyncio.sleep(0)
+        writer.write(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        return
+    words = " t0 t1 t2 t3"
+    choice = {"index": 0, "message": {"role": "assistant", "content": words}} if chat else {"index": 0, "text": words}
+    body = {"id": "x", "object": "chat.completion" if chat else "text_completion", "created": 1, "model": MODEL, "usage": USAGE}
+    writer.write(answer(encoded(body | {"choices": [choice | {"finish_reason": "stop"}]}), extra="x-engine: yes\r\n"))
+
+
+async def dies_unanswered(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+    """Takes the request and closes without a byte."""
+    writer.transport.abort()
+
+
+async def dies_in_stream(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+    """Two events, then the connection breaks."""
+    writer.write(STREAM_HEAD + chunk(event(" t0")) + chunk(event(" t1")))
+    await writer.drain()
+    await asyncio.sleep(0.02)
+    writer.transport.abort()
+
+
+async def dies_in_chunk(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+    """One event and half of another, then the connection breaks."""
+    writer.write(STREAM_HEAD + chunk(event(" t0")) + chunk(event(" t1"))[:30])
+    await writer.drain()
+    await asyncio.sleep(0.02)
+    writer.transport.abort()
+
+
+async def dies_in_body(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+    """Promises 1000 bytes, sends ten."""
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n{\"id\": \"x\"")
+    await writer.drain()
+    await asyncio.sleep(0.02)
+    writer.transport.abort()
+
+
+async def speaks_garbage(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+
+async def fails(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+    writer.write(answer(b'{"error":"broken"}', "500 Internal Server Error"))
+
+
+async def overloaded(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+    writer.write(answer(b'{"error":"busy"}', "429 Too Many Requests", extra="retry-after: 7\r\n"))
+
+
+async def never_answers(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+    await _until_gone(engine, heard)
+
+
+async def hangs_in_stream(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+    writer.write(STREAM_HEAD + chunk(event(" t0")))
+    await _until_gone(engine, heard)
+
+
+async def _until_gone(engine: FakeEngine, heard: Heard) -> None:
+    while not heard.gone():
+        await asyncio.sleep(0.01)
+    engine.left += 1
+    raise ConnectionResetError
+
+
+def slowly(seconds: float) -> Behave:
+    async def behave(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(seconds)
+        await well(engine, heard, writer)
+
+    return behave

@@ -1,0 +1,124 @@
+"""The plugin in real vLLM servers."""
+
+import asyncio
+import re
+import statistics
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live import VllmServer
+from measure import offer
+
+from block.engine.trace import validate_trace
+from block.predict import snapshot as wire
+from block.predictor.shared_memory import SnapshotReader, owner_alive, snapshot_path
+
+
+def gauges(server: VllmServer) -> dict[str, float]:
+    """vLLM's own figures."""
+    with urllib.request.urlopen(server.url + "/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total")
+    return {name: float(re.search(rf"^vllm:{name}{{[^}}]*}} (\S+)", text, re.MULTILINE)[1]) for name in names}  # type: ignore[index]
+
+
+def newest(server: VllmServer) -> wire.EngineSnapshot:
+    frame = SnapshotReader(server.name).read()
+    assert frame is not None
+    return wire.decode(frame)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["entry point", "--scheduler-cls"])
+async def test_snapshots_say_what_vllms_metrics_say(servers: list[VllmServer], which: int, report: dict[str, Any]) -> None:
+    server = servers[which]
+    load = asyncio.create_task(offer(server.url, requests=48, rate_rps=1000, seed=which, prompt=(60, 200), output=(700, 800)))
+    compared = 0
+    worst_kv = 0.0
+    while not load.done():
+        before = newest(server)
+        figures = await asyncio.to_thread(gauges, server)
+        after = newest(server)
+        await asyncio.sleep(0.1)
+        # vLLM's API server learns its figures a step or two later: compare where both snapshots around them agree.
+        if (before.running, before.waiting) == (after.running, after.waiting) and before.running == 32:
+            compared += 1
+            assert figures["num_requests_running"] == pytest.approx(before.running, abs=1)
+            assert figures["num_requests_waiting"] == pytest.approx(before.waiting, abs=1)
+            usage = [1 - s.kv_blocks_free / s.limits.blocks_usable for s in (before, after)]
+            off = max(min(usage) - figures["kv_cache_usage_perc"], figures["kv_cache_usage_perc"] - max(usage), 0.0)
+            worst_kv = max(worst_kv, off)
+    outcomes = await load
+    assert [o.error for o in outcomes if o.error] == []
+    assert all(o.output_tokens >= 700 for o in outcomes)
+    assert compared >= 3
+    assert worst_kv < 0.05
+    report[f"metrics, server {which}"] = {"compared": compared, "kv_usage_off_by_at_most": round(worst_kv, 4)}
+    assert newest(server).running == 0
+
+
+async def test_every_request_stands_in_a_snapshot_under_its_clients_id(servers: list[VllmServer]) -> None:
+    server = servers[0]
+    load = asyncio.create_task(offer(server.url, requests=40, rate_rps=100, seed=77, prompt=(20, 100), output=(40, 60)))
+    reader, seen, ages = SnapshotReader(server.name), set(), []
+    while not load.done():
+        await asyncio.sleep(0.002)
+        frame = reader.read()
+        if frame is not None:
+            snapshot = wire.decode(frame)
+            seen |= set(snapshot.keys.tolist())
+            ages.append(time.time() - snapshot.taken_s)
+    await load
+    assert {wire.request_key(f"77-{n}") for n in range(40)} <= seen
+    assert statistics.median(ages) < 0.5
+
+
+async def test_the_engine_model_reproduces_the_live_servers_decisions(servers: list[VllmServer], report: dict[str, Any]) -> None:
+    server = servers[0]
+    trace = server.log.with_name("first.trace.jsonl.gz")
+    for seed in (5, 6):
+        outcomes = await offer(server.url, requests=60, rate_rps=60, seed=seed, prompt=(10, 400), output=(5, 250))
+        assert [o.error for o in outcomes if o.error] == []
+        await asyncio.sleep(2.5)
+    await offer(server.url, requests=1, rate_rps=60, seed=9, prompt=(10, 10), output=(5, 5))  # a trace is written when the engine falls idle
+    verdict = await asyncio.to_thread(validate_trace, trace)
+    report["live trace"] = {"calls": verdict.calls, "mismatches": verdict.mismatches, "requests": verdict.requests, "preemptions": verdict.preemptions}
+    assert verdict.requests >= 120
+    assert verdict.mismatches == 0, verdict.first_mismatch
+
+
+def test_a_dead_engines_file_is_seen_to_be_stale_and_replaced(python: Path, model: Path, tmp_path: Path) -> None:
+    server = VllmServer(python, model, tmp_path / "a.log", name="test-stale", arguments=("--max-model-len", "512", "--num-gpu-blocks-override", "64"))
+    try:
+        server.wait()
+        assert owner_alive(snapshot_path("test-stale"))
+        server.kill()
+        assert snapshot_path("test-stale").exists()
+        assert not owner_alive(snapshot_path("test-stale"))
+    finally:
+        server.stop()
+        snapshot_path("test-stale").unlink(missing_ok=True)
+
+
+async def test_the_plugin_costs_no_visible_throughput(servers: list[VllmServer], python: Path, model: Path, tmp_path: Path, report: dict[str, Any]) -> None:
+    from conftest import LIMITS
+
+    plain = VllmServer(python, model, tmp_path / "plain.log", name="test-plain", core=0, plugin=False, arguments=LIMITS)
+    try:
+        plain.wait()
+        assert not snapshot_path("test-plain").exists()
+        rates: dict[str, list[float]] = {"with": [], "without": []}
+        for seed in range(4):
+            for kind, server in (("with", servers[0]), ("without", plain)):
+                began = time.perf_counter()
+                outcomes = await offer(server.url, requests=96, rate_rps=1000, seed=100 + seed, prompt=(20, 60), output=(100, 100))
+                assert [o.error for o in outcomes if o.error] == []
+                rates[kind].append(9600 / (time.perf_counter() - began))
+    finally:
+        plain.stop()
+    medians = {kind: statistics.median(found[1:]) for kind, found in rates.items()}  # the first warms up
+    ratio = medians["with"] / medians["without"]
+    report["throughput, tokens/s"] = {**{k: round(v) for k, v in medians.items()}, "ratio": round(ratio, 3)}
+    assert ratio > 0.75  # these machines are noisy; the figure itself is reported
