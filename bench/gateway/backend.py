@@ -1,6 +1,6 @@
 """A trivial OpenAI backend: canned answers from one asyncio protocol, so that what is measured is what stands before it.
 
-    python bench/gateway/backend.py --port 9001 [--ttft-ms 20 --itl-ms 10 --events 100]
+python bench/gateway/backend.py --port 9001 [--ttft-ms 20 --itl-ms 10 --events 100]
 """
 
 import argparse
@@ -28,12 +28,31 @@ def event(value: object) -> bytes:
 
 def chat_event(delta: dict[str, str], finish: str | None = None) -> bytes:
     choice = {"index": 0, "delta": delta, "finish_reason": finish}
-    return event({"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": MODEL, "choices": [choice]})
+    return event(
+        {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": MODEL, "choices": [choice]}
+    )
 
 
-MESSAGE = {"index": 0, "message": {"role": "assistant", "content": "eight words of answer from a trivial backend"}, "finish_reason": "stop"}
-CHAT = answer(encoded({"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": MODEL, "choices": [MESSAGE], "usage": USAGE}))
-MODELS = answer(encoded({"object": "list", "data": [{"id": MODEL, "object": "model", "created": 1, "owned_by": "bench"}]}))
+MESSAGE = {
+    "index": 0,
+    "message": {"role": "assistant", "content": "eight words of answer from a trivial backend"},
+    "finish_reason": "stop",
+}
+CHAT = answer(
+    encoded(
+        {
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": MODEL,
+            "choices": [MESSAGE],
+            "usage": USAGE,
+        }
+    )
+)
+MODELS = answer(
+    encoded({"object": "list", "data": [{"id": MODEL, "object": "model", "created": 1, "owned_by": "bench"}]})
+)
 HEALTHY = answer(b"{}")
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 STREAM_END = chat_event({}, "stop") + event(b"[DONE]") + b"0\r\n\r\n"

@@ -35,9 +35,13 @@ class FakeExchange:
 
 
 def dispatcher_of(policy: str, instances: int) -> Dispatcher:
-    config = GatewayConfig(instances=[InstanceConfig(url=f"http://h:{9000 + n}", predictor="http://h:1") for n in range(instances)])
+    config = GatewayConfig(
+        instances=[InstanceConfig(url=f"http://h:{9000 + n}", predictor="http://h:1") for n in range(instances)]
+    )
     pool = Pool(config)
-    dispatcher = Dispatcher(config, pool, policy_from(policy), make_estimator("history"), Metrics(), Random(1), asyncio.new_event_loop())
+    dispatcher = Dispatcher(
+        config, pool, policy_from(policy), make_estimator("history"), Metrics(), Random(1), asyncio.new_event_loop()
+    )
     profile = load_profile(PROFILE)
     for instance in pool.instances.values():
         instance.state = State.READY
@@ -67,7 +71,9 @@ def measure(policy: str, instances: int, frames: int, decisions: int, profiler: 
             profiler.enable()
         exchange = FakeExchange(request)
         eligible = dispatcher.pool.eligible("bench")
-        candidates = dispatcher._candidates(exchange, dispatcher.policy, dispatcher.policy.shortlist.choose(eligible, dispatcher.rng))
+        candidates = dispatcher._candidates(
+            exchange, dispatcher.policy, dispatcher.policy.shortlist.choose(eligible, dispatcher.rng)
+        )
         decision = decide(dispatcher.policy, request, candidates, dispatcher.rng)
         if profiler is not None:
             profiler.disable()
@@ -87,7 +93,9 @@ def main() -> None:
     for policy in options.policy or ["round-robin", "least-outstanding", "nosim", "block-k", "block"]:
         profiler = cProfile.Profile() if options.profile else None
         us = measure(policy, options.instances, options.frames_per_decision, options.decisions, profiler)
-        print(f"{policy:20s} {us:7.1f} us CPU a decision, {options.instances} instances, {options.frames_per_decision} new snapshots each")
+        print(
+            f"{policy:20s} {us:7.1f} us CPU a decision, {options.instances} instances, {options.frames_per_decision} new snapshots each"
+        )
         if profiler is not None:
             pstats.Stats(profiler).sort_stats("tottime").print_stats(18)
 

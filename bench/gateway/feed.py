@@ -39,7 +39,9 @@ def capture(seed: int) -> list[bytes]:
             engine.add(Sequence(key, rng.randint(20, 1500), 1024, total, now_s), now_s)
             present += 1
         now_s += 0.011
-        present -= sum(sequence.finished_s > 0 and at_s == sequence.finished_s for at_s, sequence in engine.advance(now_s))
+        present -= sum(
+            sequence.finished_s > 0 and at_s == sequence.finished_s for at_s, sequence in engine.advance(now_s)
+        )
         if now_s > 3.0:
             snapshots.append(recorder.capture(now_s))
     return snapshots
@@ -68,12 +70,16 @@ class Feed(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if b"/snapshots" in data[:40]:
-            self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+            self.transport.write(
+                b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+            )
             self.send()
             return
         profile = msgspec.to_builtins(load_profile(PROFILE)) | {"scale": 1.0}
         body = json.dumps(profile).encode() if b"/profile" in data[:40] else b"{}"
-        self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        self.transport.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+        )
 
     def send(self) -> None:
         if self.transport.is_closing():

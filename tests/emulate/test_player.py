@@ -241,3 +241,18 @@ def test_what_is_measured_adds_up():
     assert stage.measures.generation_tokens == tokens
     assert stage.measures.prompt_tokens == sum(prompt for _, _, prompt, _ in arrivals)
     assert stage.measures.finished == {"stop": 0, "length": len(arrivals), "abort": 0, "error": 0}
+
+
+def test_what_was_due_before_an_abort_is_not_moved_by_it():
+    stage, other = Stage(), Stage()
+    answers = []
+    for each in (stage, other):
+        leaving, _ = each.add(1, max_tokens=900)
+        answers.append(each.add(2, max_tokens=20)[1])
+        each.run(until_s=100.01)
+        each.wall.advance(0.5)  # the machine slept over many steps
+        if each is stage:
+            each.player.abort(leaving)
+        each.run()
+    assert stage.engine.steps < other.engine.steps
+    assert answers[0].tokens_s == answers[1].tokens_s

@@ -18,7 +18,9 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 
 
-def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """As in production."""
     return {"uvloop": uvloop.new_event_loop}
 
@@ -30,7 +32,9 @@ class Client:
         self.gateway, self.session = gateway, session
         self.url = f"http://127.0.0.1:{gateway.port}"
 
-    async def post(self, path: str = "/v1/chat/completions", body: Any = None, **options: Any) -> tuple[int, bytes, Any]:
+    async def post(
+        self, path: str = "/v1/chat/completions", body: Any = None, **options: Any
+    ) -> tuple[int, bytes, Any]:
         """(status, body, headers)."""
         body = {"model": "fake", "messages": [{"role": "user", "content": "hello"}]} | (body or {})
         async with self.session.post(self.url + path, json=body, **options) as answer:
@@ -71,16 +75,21 @@ async def start() -> AsyncIterator[Start]:
     """Start engines (those not running yet) and a gateway in front of them, wait until each instance was checked."""
     running: list[tuple[Gateway, list[FakeEngine], aiohttp.ClientSession]] = []
 
-    async def begin(*engines: FakeEngine, predictors: dict[int, str] | None = None, wait: bool = True, **options: Any) -> Client:
+    async def begin(
+        *engines: FakeEngine, predictors: dict[int, str] | None = None, wait: bool = True, **options: Any
+    ) -> Client:
         for engine in engines:
             if not engine.port:
                 await engine.start()
         instances = [
-            InstanceConfig(url=engine.url, name=f"e{n}", predictor=(predictors or {}).get(n)) for n, engine in enumerate(engines)
+            InstanceConfig(url=engine.url, name=f"e{n}", predictor=(predictors or {}).get(n))
+            for n, engine in enumerate(engines)
         ]
         gateway = Gateway(GatewayConfig(**(QUICK | {"instances": instances} | options)))
         await gateway.start()
-        session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=10))
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=10)
+        )
         running.append((gateway, list(engines), session))
         if wait:
             await until(lambda: all(i.state != "starting" for i in gateway.pool.instances.values()))

@@ -14,7 +14,10 @@ def encoded(value: Any) -> bytes:
 
 
 def answer(body: bytes, status: str = "200 OK", content_type: str = "application/json", extra: str = "") -> bytes:
-    return f"HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\ncontent-length: {len(body)}\r\n{extra}\r\n".encode() + body
+    return (
+        f"HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\ncontent-length: {len(body)}\r\n{extra}\r\n".encode()
+        + body
+    )
 
 
 def chunk(body: bytes) -> bytes:
@@ -22,7 +25,11 @@ def chunk(body: bytes) -> bytes:
 
 
 def event(text: str, chat: bool = True) -> bytes:
-    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None} if chat else {"index": 0, "text": text, "finish_reason": None}
+    choice = (
+        {"index": 0, "delta": {"content": text}, "finish_reason": None}
+        if chat
+        else {"index": 0, "text": text, "finish_reason": None}
+    )
     kind = "chat.completion.chunk" if chat else "text_completion"
     return b"data: " + encoded({"id": "x", "object": kind, "created": 1, "model": MODEL, "choices": [choice]}) + b"\n\n"
 
@@ -122,7 +129,13 @@ async def well(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -
         return
     words = " t0 t1 t2 t3"
     choice = {"index": 0, "message": {"role": "assistant", "content": words}} if chat else {"index": 0, "text": words}
-    body = {"id": "x", "object": "chat.completion" if chat else "text_completion", "created": 1, "model": MODEL, "usage": USAGE}
+    body = {
+        "id": "x",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": 1,
+        "model": MODEL,
+        "usage": USAGE,
+    }
     writer.write(answer(encoded(body | {"choices": [choice | {"finish_reason": "stop"}]}), extra="x-engine: yes\r\n"))
 
 
@@ -149,7 +162,7 @@ async def dies_in_chunk(engine: FakeEngine, heard: Heard, writer: asyncio.Stream
 
 async def dies_in_body(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
     """Promises 1000 bytes, sends ten."""
-    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n{\"id\": \"x\"")
+    writer.write(b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n{"id": "x"')
     await writer.drain()
     await asyncio.sleep(0.02)
     writer.transport.abort()
@@ -189,3 +202,111 @@ def slowly(seconds: float) -> Behave:
         await well(engine, heard, writer)
 
     return behave
+
+
+class FakePredictor:
+    """``/snapshots`` streams what ``frame`` returns every few milliseconds (``None``: silence), ``/profile`` is a shipped one,
+    ``/predict`` answers what ``prediction`` returns after ``delay_s``."""
+
+    def __init__(self, frame: Callable[[], bytes | None]) -> None:
+        self.frame = frame
+        self.prediction: Callable[[], Any] = lambda: {}
+        self.delay_s = 0.0
+        self.profile: bytes = encoded(profile_fields() | {"scale": 1.0})
+        self.port = 0
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def start(self) -> "FakePredictor":
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                length = [
+                    int(line.split(":")[1]) for line in head.lower().split("\r\n") if line.startswith("content-length")
+                ]
+                await reader.readexactly(sum(length))
+                if "/snapshots" in head:
+                    await self._stream(writer)
+                elif "/profile" in head:
+                    writer.write(answer(self.profile))
+                else:
+                    await asyncio.sleep(self.delay_s)
+                    writer.write(answer(encoded(self.prediction())))
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(task)
+            writer.transport.abort()
+
+    async def _stream(self, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        while not writer.is_closing():
+            frame = self.frame()
+            if frame is not None:
+                writer.write(chunk(len(frame).to_bytes(4, "little") + frame))
+                await writer.drain()
+            await asyncio.sleep(0.005)
+
+
+def profile_fields() -> dict[str, Any]:
+    import msgspec
+
+    from block.steptime.profile import load_profile
+
+    fields: dict[str, Any] = msgspec.to_builtins(load_profile("h200-llama3.1-8b"))
+    return fields
+
+
+def snapshot(
+    *,
+    running: int = 0,
+    waiting: int = 0,
+    age_s: float = 0.0,
+    ids: tuple[str, ...] = (),
+    outputs: int = 5,
+    **header: Any,
+) -> bytes:
+    """A plausible snapshot: ``running`` requests of 100 prompt tokens decoding, ``waiting`` of 1000 waiting; the first
+    have the keys of ``ids``. ``header`` overrides fields."""
+    import time
+
+    import numpy as np
+
+    from block.engine.limits import EngineLimits
+    from block.predict import snapshot as wire
+
+    limits = EngineLimits(num_gpu_blocks=4096)
+    count = running + waiting
+    rows = np.zeros((wire.FIELDS, count), np.int32)
+    rows[wire.PROMPT, :running], rows[wire.PROMPT, running:] = 100, 1000
+    rows[wire.MAX_TOKENS] = 400
+    rows[wire.OUTPUT, :running], rows[wire.COMPUTED, :running] = outputs, 100 + outputs - 1
+    rows[wire.BLOCKS, :running] = 7
+    keys = [wire.request_key(i) for i in ids] + list(range(1, count - len(ids) + 1))
+    record = wire.header_of(limits)
+    record["running"], record["waiting"], record["waiting_total"] = running, waiting, waiting
+    record["taken_s"] = time.time() - age_s
+    record["kv_blocks_free"] = limits.blocks_usable - 7 * running
+    record["sequence"], record["epoch"] = time.monotonic_ns(), 1
+    for name, value in header.items():
+        record[name] = value
+    return wire.encode(record, rows, np.array(keys, np.uint64), np.full(count, time.time() - age_s))

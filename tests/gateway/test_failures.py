@@ -90,7 +90,9 @@ async def test_bytes_beyond_an_answers_end_never_reach_a_client(start: Start) ->
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil")
 
     client = await start(FakeEngine(splits))
-    got = await client.raw(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n{"model":"fake"}', 0.5)
+    got = await client.raw(
+        b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n{"model":"fake"}', 0.5
+    )
     assert b"evil" not in got
 
 

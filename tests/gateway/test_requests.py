@@ -10,7 +10,9 @@ from gateway.fakes import (
     STREAM_HEAD, FakeEngine, Heard, answer, chunk, encoded, event, hangs_in_stream, never_answers, slowly,
 )  # fmt: skip
 
-POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n%b"
+POST = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n%b"
+)
 BODY = b'{"model":"fake","messages":[]}'
 
 
@@ -83,7 +85,9 @@ async def test_pipelined_requests_are_answered_in_order(start: Start) -> None:
     one = [POST % (len(BODY), b"X-Request-Id: p%d\r\n" % n, BODY) for n in range(3)]
     last = POST % (len(BODY), b"X-Request-Id: p3\r\nConnection: close\r\n", BODY)
     got = await client.raw(b"".join(one) + last)
-    assert [line for line in got.split(b"\r\n") if line.startswith(b"x-request-id")] == [b"x-request-id: p%d" % n for n in range(4)]
+    assert [line for line in got.split(b"\r\n") if line.startswith(b"x-request-id")] == [
+        b"x-request-id: p%d" % n for n in range(4)
+    ]
 
 
 async def test_a_client_that_leaves_frees_the_engine(start: Start) -> None:
@@ -157,7 +161,9 @@ async def test_other_routes_of_the_engine_pass_through(start: Start) -> None:
     status, _, _ = await client.post("/v1/embeddings", {"input": "hi"})
     assert status == 200
     for path in ("/v1/load_lora_adapter", "/sleep", "/v1/../sleep", "/v1/%2e%2e/sleep", "/v1//sleep"):
-        got = await client.raw(b"POST %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}" % path.encode())
+        got = await client.raw(
+            b"POST %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}" % path.encode()
+        )
         assert got.startswith(b"HTTP/1.1 404"), path
 
 
@@ -177,6 +183,9 @@ async def test_a_model_goes_only_where_it_is_served(start: Start) -> None:
     for _ in range(3):
         await client.post(body={"model": "b"})
     assert (len(a.heard), len(b.heard)) == (0, 3)
-    assert json.loads((await client.get("/v1/models"))[1])["data"] == [{"id": "a", "object": "model"}, {"id": "b", "object": "model"}]
+    assert json.loads((await client.get("/v1/models"))[1])["data"] == [
+        {"id": "a", "object": "model"},
+        {"id": "b", "object": "model"},
+    ]
     assert (await client.get("/v1/models/a"))[0] == 200
     assert (await client.get("/v1/models/c"))[0] == 404

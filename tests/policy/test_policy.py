@@ -16,7 +16,7 @@ PICKS = 100_000
 
 
 def load(**fields: object) -> Load:
-    return Load(**{"running": 0, "waiting": 0, "in_flight": 0, "kv_blocks_free": 100} | fields)
+    return Load(**{"running": 0, "waiting": 0, "in_flight": 0, "kv_blocks_free": 100, "kv_blocks_total": 200} | fields)
 
 
 def prediction(e2e_s: float, **fields: object) -> Prediction:
@@ -115,6 +115,7 @@ def test_k_at_random_are_k_distinct_ones(k: int) -> None:
             load(kv_blocks_free=100, running=3, waiting_tokens=1120),
         ),
         ("nosim", load(unprocessed_tokens=99.5, in_flight=9), load(unprocessed_tokens=100.0)),
+        ("token-load", load(waiting_tokens=100, kv_blocks_total=110), load(kv_blocks_total=117)),  # 260 < 272
         ("lmetric", load(running=3), load(waiting_tokens=50, running=2)),  # 100 x 4 < 150 x 3
     ],
 )

@@ -27,7 +27,6 @@ from block.steptime.profile import StepTimeProfile
 
 from .profile import PROFILE
 
-
 API_S = PROFILE.input_s + PROFILE.output_s + PROFILE.output_request_s  # not the accelerator's: no scale changes it
 
 

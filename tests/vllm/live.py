@@ -47,9 +47,42 @@ class Program:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def kill(self) -> None:
-        """At once, all of it, as a machine that fails would."""
+        """At once, all of it, as a machine that fails would; only its shared memory is tidied up afterwards."""
+        mapped = self.shared_memory()
         self._signal(signal.SIGKILL)
         self._process.wait()
+        for path in mapped:
+            path.unlink(missing_ok=True)
+
+    def members(self) -> list[int]:
+        """The processes of its group."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:  # it has just ended
+                continue
+            if int(fields[2]) == self._process.pid:
+                found.append(int(stat.parent.name))
+        return found
+
+    def cpu_s(self) -> float:
+        """CPU seconds of all of it so far."""
+        ticks = 0
+        for pid in self.members():
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def shared_memory(self) -> set[Path]:
+        """vLLM's own files in /dev/shm."""
+        found = set()
+        for pid in self.members():
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                path = Path(line.rpartition(" ")[2])
+                if path.parent == Path("/dev/shm") and path.name.startswith(("psm_", "sem.mp-")):
+                    found.add(path)
+        return found
 
     def stop(self) -> None:
         if self.running:

@@ -79,6 +79,7 @@ class Player:
         if play is None or play.sequence is not sequence:
             return
         del self._playing[sequence.key]
+        self.play()  # what was due before it left has happened
         if sequence.status == FINISHED:  # only its last tokens were still on their way out
             return
         self.engine.abort(sequence, self.clock.now_s())

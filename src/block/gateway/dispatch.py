@@ -34,7 +34,7 @@ from block.errors import BlockError, ClientError, InstanceUnreachableError
 from block.gateway.config import GatewayConfig
 from block.gateway.decisions import Decisions
 from block.gateway.evidence import Evidence as InstanceEvidence
-from block.gateway.evidence import Expectations
+from block.gateway.expectations import Expectations
 from block.gateway.exchange import Exchange
 from block.gateway.lengths import HeaderLengths
 from block.gateway.metrics import Metrics
@@ -79,6 +79,7 @@ class Dispatcher:
         self.budget = RetryBudget(config.retry_budget_fraction)
         self._fewest = make_policy("least-outstanding")
         self._oracle = Oracle()
+        self._lessons = Lessons()
         self._bare: dict[InstanceId, Candidate] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._finished = deque[float](maxlen=256)
@@ -430,7 +431,8 @@ class Dispatcher:
         metrics.prompt_tokens.inc(prompt_tokens or request.prompt_tokens)
         if output_tokens:
             metrics.output_tokens.inc(output_tokens)
-            self.estimator.observe(request, output_tokens)
+            if self._lessons.allows(exchange.answered_s):
+                self.estimator.observe(request, output_tokens)
         ttft_s = exchange.first_byte_s - exchange.arrived_s if exchange.sse else None
         tpot_s = None
         if ttft_s is not None:
@@ -478,6 +480,21 @@ class Dispatcher:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+class Lessons:
+    """Lets the estimator learn from ``PER_SECOND`` answers a second: more of the same hour teach nothing and cost time."""
+
+    PER_SECOND: Final = 100
+
+    def __init__(self) -> None:
+        self._second, self._given = 0, 0
+
+    def allows(self, now_s: float) -> bool:
+        if int(now_s) != self._second:
+            self._second, self._given = int(now_s), 0
+        self._given += 1
+        return self._given <= self.PER_SECOND
 
 
 class RetryBudget:

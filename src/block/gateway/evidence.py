@@ -1,9 +1,8 @@
 """What the gateway knows of each instance: its newest snapshot, its engine model, what was dispatched and not yet seen.
 
 Theory of operation. A predictor streams snapshots; only the newest is kept, as bytes, and it is decoded when a decision
-needs it and not before. Loading one into the instance's `Mirror` takes an expected total output for every request in it:
-those that this gateway sent have their own estimate (found by ``request_key``), others get what history says, and a length
-the client fixed is what it is. All of them are one look-up in the estimator's bank.
+needs it and not before. Loading one into the instance's `Mirror` takes an expected total output for every request in
+it (`expectations`).
 
 Between a dispatch and the first snapshot that shows it an instance would look emptier than it is, and simultaneous
 arrivals would herd. So each dispatch is also written into a ledger of *unseen* requests, which count in every what-if and
@@ -14,98 +13,41 @@ stands still. Stale is not false: it is simply not used.
 Times are wall-clock seconds, as in snapshots; ages of frames are measured on this host alone.
 """
 
-from typing import Any, Final, Protocol
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from block.core import InstanceId, LengthEstimate, Load, Request
+from block.core import InstanceId, Load, Request
 from block.errors import BadInputError, ConfigError
-from block.predict.snapshot import (
-    BLOCKS,
-    COMPUTED,
-    EXACT,
-    FLAGS,
-    MAX_TOKENS,
-    OUTPUT,
-    PROMPT,
-    EngineSnapshot,
-    decode,
-    request_key,
-)  # fmt: skip
+from block.gateway.expectations import Expectations, KeptTotals
+from block.predict.snapshot import BLOCKS, COMPUTED, PROMPT, EngineSnapshot, decode, request_key
 from block.predict.whatif import Mirror
 from block.steptime.curve import StepCurve
 
 REQUESTS_MAX: Final = 16384
 SKEW_MAX_S: Final = 5.0
-TOTALS_KEPT_S: Final = 0.25
-_TOKENS_MAX: Final = 1 << 24
-_LIMITS_AT: Final = HEADER.fields["num_gpu_blocks"][1]  # type: ignore[index]
-_FLAGS_AT: Final = HEADER.fields["flags"][1]  # type: ignore[index]
-
-Ints = npt.NDArray[np.int32]
+TOKENS_MAX: Final = 1 << 24
 
 
-class Unseen:
+class Unseen(NamedTuple):
     """One request dispatched to an instance and not yet in a snapshot of it."""
 
-    __slots__ = ("dispatched_s", "expected_total", "key", "max_tokens", "prompt_tokens")
-
-    def __init__(self, key: int, prompt_tokens: int, max_tokens: int, expected_total: int, dispatched_s: float) -> None:
-        self.key, self.prompt_tokens, self.max_tokens = key, prompt_tokens, max_tokens
-        self.expected_total, self.dispatched_s = expected_total, dispatched_s
-
-
-class Bank(Protocol):
-    """The vectorized side of an estimator (`block.length.distribution.DistributionBank`)."""
-
-    def expected_totals(self, rows: Ints, generated: Ints, caps: Ints) -> Ints: ...
+    key: int
+    prompt_tokens: int
+    max_tokens: int
+    expected_total: int
+    dispatched_s: float
 
 
-class Expectations:
-    """Estimates of the gateway's own requests in flight by key; expected totals for whole snapshots."""
+class Counters(NamedTuple):
+    """A snapshot's counters as plain numbers."""
 
-    def __init__(self, estimator: Any) -> None:
-        self._estimator = estimator
-        self._bank: Bank | None = getattr(estimator, "bank", None)
-        self._own: dict[int, tuple[int, int] | LengthEstimate] = {}
-
-    def __len__(self) -> int:
-        return len(self._own)
-
-    def expect(self, key: int, estimate: Any) -> None:
-        """A request goes out with this estimate."""
-        self._own[key] = (estimate.row, estimate.cap) if self._bank is not None else estimate
-
-    def forget(self, key: int) -> None:
-        """Its answer is over."""
-        self._own.pop(key, None)
-
-    def totals(self, snapshot: EngineSnapshot, model: str) -> Ints:
-        """Expected total output tokens of every request in a snapshot, above what it has generated. Shape (n,)."""
-        rows = snapshot.requests
-        generated, cap = rows[OUTPUT], rows[MAX_TOKENS]
-        exact = (rows[FLAGS] & EXACT).astype(bool)
-        own, keys = self._own, snapshot.keys.tolist()
-        if self._bank is None:
-            default = self._foreign(model)
-            guess = [self._one(own.get(key, default), int(g)) for key, g in zip(keys, generated, strict=True)]
-            totals = np.where(exact, cap, np.array(guess, dtype=np.int32))
-        else:
-            foreign = self._foreign(model)
-            pair = (foreign.row, foreign.cap)
-            pairs = np.array([own.get(key, pair) for key in keys], dtype=np.int32).reshape(len(keys), 2)
-            caps = np.minimum(pairs[:, 1], cap)
-            totals = np.where(exact, cap, self._bank.expected_totals(pairs[:, 0], generated, np.maximum(caps, 1)))
-        return np.maximum(np.minimum(totals, np.maximum(cap, 1)), generated + 1).astype(np.int32)
-
-    @staticmethod
-    def _one(estimate: Any, generated: int) -> int:
-        return round(estimate.expected_total(generated))
-
-    def _foreign(self, model: str) -> Any:
-        """What to expect of a request that someone else sent."""
-        return self._estimator.estimate(Request(id="", arrived_s=0.0, prompt_tokens=1, model=model))
+    waiting: int
+    waiting_tokens: int
+    unprocessed_tokens: float
+    kv_blocks_free: int
+    kv_blocks_total: int
+    block_size: int
 
 
 class Evidence:
@@ -121,13 +63,14 @@ class Evidence:
         self.problem: str | None = "no predictor"
         """Why there is no evidence; ``None`` when there is."""
         self.frames = 0
-        self._expectations = expectations
+        self._totals = KeptTotals(expectations)
         self._frame: bytes | None = None
-        self._received_s = 0.0
+        self._received_s = self._taken_s = 0.0
+        self._running = 0
         self._mirror: Mirror | None = None
         self._loaded = False
+        self._counters: Counters | None = None
         self._unseen: dict[int, Unseen] = {}
-        self._unprocessed: float | None = None
 
     # Fed
 
@@ -147,16 +90,19 @@ class Evidence:
     def sent(self, request: Request, max_tokens: int, expected_total: int, now_s: float) -> int:
         """A request was dispatched to this instance; returns its key."""
         key = request_key(request.id)
-        unseen = Unseen(key, request.prompt_tokens, max_tokens, max(1, min(expected_total, max_tokens)), now_s)
-        self._unseen[key] = unseen
-        if self._loaded:
-            self._add(unseen)
-        self._unprocessed = None
+        total = max(1, min(expected_total, max_tokens))
+        self._unseen[key] = unseen = Unseen(key, request.prompt_tokens, max_tokens, total, now_s)
+        if self._loaded and self._mirror is not None:
+            self._mirror.add(*unseen)
         return key
 
     def ended(self, key: int) -> None:
         """Its answer is over (the mirror forgets it with the next snapshot)."""
         self._unseen.pop(key, None)
+
+    def spoiled(self, problem: str) -> None:
+        """The engine model could not work with this snapshot: unusable until another comes."""
+        self.snapshot, self._loaded, self.problem = None, False, problem
 
     # Asked
 
@@ -170,133 +116,128 @@ class Evidence:
 
     def silence_s(self, now_s: float) -> float | None:
         """For how long an engine with requests running has stood still, by its own snapshots; ``None``: nothing runs."""
-        snapshot = self._decoded(now_s)
-        if snapshot is None or self.age_s(now_s) > self.stale_after_s or snapshot.running == 0:
+        if not self._read(now_s) or not self._running or now_s - self._received_s > self.stale_after_s:
             return None
-        return now_s - snapshot.taken_s
+        return now_s - self._taken_s
 
     def fresh(self, now_s: float) -> bool:
         """Whether a snapshot is at hand that can be used; ``problem`` says why not."""
-        snapshot = self._decoded(now_s)
-        if snapshot is None:
+        if not self._read(now_s):
             return False
-        age = now_s - snapshot.taken_s
-        if now_s - self._received_s > self.stale_after_s:
-            self.problem = f"its predictor has been silent for {now_s - self._received_s:.1f} s"
-        elif age < -SKEW_MAX_S:
-            self.problem = f"its predictor's clock is {-age:.1f} s ahead"
-        elif snapshot.running and age > self.stale_after_s:
-            self.problem = f"its engine has stood still for {age:.1f} s"
-        else:
+        silent_s, age_s = now_s - self._received_s, now_s - self._taken_s
+        if (
+            silent_s <= self.stale_after_s
+            and -SKEW_MAX_S <= age_s
+            and (age_s <= self.stale_after_s or not self._running)
+        ):
             self.problem = None
-        return self.problem is None
+            return True
+        if silent_s > self.stale_after_s:
+            self.problem = f"its predictor has been silent for {silent_s:.1f} s"
+        elif age_s < 0:
+            self.problem = f"its predictor's clock is {-age_s:.1f} s ahead"
+        else:
+            self.problem = f"its engine has stood still for {age_s:.1f} s"
+        return False
 
     def mirror(self, now_s: float) -> Mirror | None:
-        """The engine model up to date with the newest snapshot and the unseen requests; ``None``: no usable evidence."""
-        if self._mirror is None or not self.fresh(now_s):
-            if self._mirror is None and self.problem is None:
-                self.problem = "its predictor told no step times"
+        """The engine model up to date with the newest snapshot and the unseen requests; ``None``: no usable evidence.
+
+        Raises:
+            ValueError and its like: the model cannot work with the snapshot (then call ``spoiled``).
+        """
+        if not self.fresh(now_s):
+            return None
+        if self._mirror is None:
+            self.problem = "its predictor told no step times"
             return None
         if not self._loaded:
-            self._load(now_s)
+            assert self.snapshot is not None
+            self._mirror.load(self.snapshot, self._totals.of(self.snapshot, self.model, now_s))
+            self._loaded = True
+            for unseen in self._unseen.values():
+                self._mirror.add(*unseen)
         return self._mirror
 
     def load(self, in_flight: int, sent_last_minute: int, in_flight_tokens: int, now_s: float) -> Load:
-        """Counters: the engine's own with the unseen added where its snapshots are fresh, else the gateway's bookkeeping."""
+        """Counters: the engine's own with the unseen added where its snapshots are fresh, else the gateway's books."""
         if not self.fresh(now_s):
-            return Load(
-                running=in_flight, waiting=0, in_flight=in_flight, unprocessed_tokens=float(in_flight_tokens),
-                dispatched_last_minute=sent_last_minute,
-            )  # fmt: skip
-        snapshot = self.snapshot
-        assert snapshot is not None
-        header, rows, unseen = snapshot.header, snapshot.requests, self._unseen.values()
-        running, waiting = snapshot.running, int(header["waiting_total"])
-        if self._unprocessed is None:
-            self._unprocessed = self._tokens_to_compute(snapshot)
-        waiting_rows = rows[PROMPT, running:] - rows[COMPUTED, running:]
+            return Load(in_flight, 0, in_flight, 0, float(in_flight_tokens), sent_last_minute)
+        counters = self._counters or self._count(now_s)
+        unseen, prompts, tokens = len(self._unseen), 0, 0
+        for request in self._unseen.values():
+            prompts += request.prompt_tokens
+            tokens += request.prompt_tokens + request.expected_total
+        waiting = counters.waiting + unseen
         return Load(
-            running=running,
-            waiting=waiting + len(unseen),
-            in_flight=running + waiting + len(unseen),
-            waiting_tokens=int(waiting_rows.sum())
-            + int(header["waiting_tokens_beyond"])
-            + sum(u.prompt_tokens for u in unseen),
-            unprocessed_tokens=self._unprocessed,
-            dispatched_last_minute=sent_last_minute,
-            kv_blocks_free=snapshot.kv_blocks_free,
-            kv_blocks_total=snapshot.limits.blocks_usable,
-            block_size=snapshot.limits.block_size,
-            age_s=max(0.0, now_s - snapshot.taken_s),
-        )
-
-    def spoiled(self, problem: str) -> None:
-        """The engine model could not work with this snapshot: unusable until another comes."""
-        self.snapshot, self._loaded, self.problem = None, False, problem
+            self._running, waiting, self._running + waiting, counters.waiting_tokens + prompts,
+            counters.unprocessed_tokens + tokens, sent_last_minute, counters.kv_blocks_free, counters.kv_blocks_total,
+            counters.block_size, max(0.0, now_s - self._taken_s),
+        )  # fmt: skip
 
     # Inside
 
-    def _decoded(self, now_s: float) -> EngineSnapshot | None:
+    def _read(self, now_s: float) -> bool:
+        """Decode the newest frame if that is still to do; whether there is a snapshot."""
         frame = self._frame
         if frame is None:
-            return self.snapshot
-        self._frame, self._loaded, self._unprocessed = None, False, None
-        before = self.snapshot
+            return self.snapshot is not None
+        self._frame, before = None, self.snapshot
         try:
             snapshot = decode(frame)
-            _check(snapshot)
+            check(snapshot)
         except (BadInputError, ConfigError, ValueError, OverflowError) as error:
-            self.snapshot, self.problem = None, f"its predictor sent a snapshot that makes no sense: {error}"
-            return None
+            self.spoiled(f"its predictor sent a snapshot that makes no sense: {error}")
+            return False
         if before is not None and before.epoch == snapshot.epoch and snapshot.sequence < before.sequence:
-            return before  # older than what is known
-        self.snapshot = snapshot
-        self._settle(snapshot, now_s)
-        return snapshot
+            return True  # older than what is known
+        self.snapshot, self._loaded, self._counters = snapshot, False, None
+        self._taken_s, self._running = snapshot.taken_s, snapshot.running
+        if self._unseen:
+            self._settle(snapshot, now_s)
+        return True
 
     def _settle(self, snapshot: EngineSnapshot, now_s: float) -> None:
         """Strike from the ledger what the snapshot shows, and what waited too long to be shown."""
-        if not self._unseen:
-            return
         for key in self._unseen.keys() & set(snapshot.keys.tolist()):
             del self._unseen[key]
         overdue = now_s - self.unseen_after_s
-        for key in [u.key for u in self._unseen.values() if u.dispatched_s < overdue]:
+        for key in [unseen.key for unseen in self._unseen.values() if unseen.dispatched_s < overdue]:
             del self._unseen[key]
 
-    def _load(self, now_s: float) -> None:
-        assert self.snapshot is not None and self._mirror is not None
-        self._mirror.load(self.snapshot, self._expectations.totals(self.snapshot, self.model))
-        self._loaded = True
-        for unseen in self._unseen.values():
-            self._add(unseen)
-
-    def _add(self, unseen: Unseen) -> None:
-        assert self._mirror is not None
-        self._mirror.add(
-            unseen.key, unseen.prompt_tokens, unseen.max_tokens, unseen.expected_total, unseen.dispatched_s
+    def _count(self, now_s: float) -> Counters:
+        snapshot = self.snapshot
+        assert snapshot is not None
+        header, rows = snapshot.header, snapshot.requests
+        to_compute = rows[PROMPT] - rows[COMPUTED]
+        totals = self._totals.of(snapshot, self.model, now_s)
+        self._counters = Counters(
+            waiting=int(header["waiting_total"]),
+            waiting_tokens=int(to_compute[self._running :].sum()) + int(header["waiting_tokens_beyond"]),
+            unprocessed_tokens=float(np.maximum(to_compute + totals, 0).sum()),
+            kv_blocks_free=snapshot.kv_blocks_free,
+            kv_blocks_total=snapshot.limits.blocks_usable,
+            block_size=snapshot.limits.block_size,
         )
-
-    def _tokens_to_compute(self, snapshot: EngineSnapshot) -> float:
-        rows = snapshot.requests
-        totals = self._expectations.totals(snapshot, self.model)
-        present = float((rows[PROMPT] + totals - np.minimum(rows[COMPUTED], rows[PROMPT] + totals)).sum())
-        return present + sum(u.prompt_tokens + u.expected_total for u in self._unseen.values())
+        return self._counters
 
 
-def _check(snapshot: EngineSnapshot) -> None:
-    """Refuse what no engine can be in: it would send the compiled model out of its arrays. Raises ValueError."""
+def check(snapshot: EngineSnapshot) -> None:
+    """Refuse what no engine can be in: it could send the compiled model astray.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
     rows, limits = snapshot.requests, snapshot.limits
-    if rows.shape[1] > REQUESTS_MAX:
-        raise ValueError(f"{rows.shape[1]} requests")
+    if rows.shape[1] > REQUESTS_MAX or int(snapshot.header["waiting_total"]) > (1 << 20):
+        raise ValueError("too many requests")
     if not np.isfinite(snapshot.taken_s) or not 0 <= snapshot.kv_blocks_free <= limits.num_gpu_blocks:
         raise ValueError("time or free blocks")
     if not rows.shape[1]:
         return
-    if int(rows[PROMPT:FLAGS].min()) < -_TOKENS_MAX or int(rows[PROMPT:FLAGS].max()) > _TOKENS_MAX:
-        raise ValueError("token counts")
-    if int(rows[[PROMPT, MAX_TOKENS, COMPUTED, OUTPUT, BLOCKS]].min()) < 0:
-        raise ValueError("negative counts")
+    counts = rows[PROMPT : BLOCKS + 1]  # all rows up to the blocks count something
+    if int(counts.min()) < 0 or int(counts.max()) > TOKENS_MAX:
+        raise ValueError("counts out of range")
     if not limits.enable_prefix_caching and int(rows[BLOCKS].sum()) > limits.num_gpu_blocks:
         raise ValueError("more blocks in use than there are")
     if not np.isfinite(snapshot.arrived).all():

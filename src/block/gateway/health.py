@@ -14,6 +14,7 @@ from typing import Final
 import aiohttp
 import msgspec
 
+from block.core import InstanceId
 from block.gateway.config import GatewayConfig
 from block.gateway.evidence import Evidence
 from block.gateway.pool import Instance, Pool, State
@@ -107,7 +108,8 @@ class HealthChecks:
         except msgspec.DecodeError:
             entries = None
         if entries is None:
-            return f"answered GET /v1/models with {'status ' + str(status) if status != 200 else 'something else'}, so it is no OpenAI server"
+            what = f"status {status}" if status != 200 else "something else"
+            return f"answered GET /v1/models with {what}, so it is no OpenAI server"
         self._pool.set_models(self._instance, models)
         return None
 
@@ -131,7 +133,7 @@ class HangWatch:
     """Looks at all instances every tenth of a second; says who is suspect."""
 
     def __init__(
-        self, pool: Pool, evidence: dict[str, Evidence], checks: dict[str, HealthChecks], hang_after_s: float
+        self, pool: Pool, evidence: dict[InstanceId, Evidence], checks: dict[str, HealthChecks], hang_after_s: float
     ) -> None:
         self._pool, self._evidence, self._checks, self._hang_after_s = pool, evidence, checks, hang_after_s
         self._probes: set[asyncio.Task[None]] = set()

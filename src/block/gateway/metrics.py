@@ -172,8 +172,13 @@ class Metrics:
         )
         self.connections = Gauge(n + "client_connections", "Open client connections.", registry=registry)
         info = Gauge(n + "info", "Version and policy.", ["version", "policy"], registry=registry)
-        self.set_policy = lambda policy: (info.clear(), info.labels(__version__, policy).set(1))
+        self._info = info
         self._models: dict[str, PerModel] = {}
+
+    def set_policy(self, policy: str) -> None:
+        """The policy in force, for ``info``."""
+        self._info.clear()
+        self._info.labels(__version__, policy).set(1)
 
     def model(self, name: str) -> PerModel:
         """The bound metrics of a model."""

@@ -50,8 +50,8 @@ class ClientConnection(asyncio.Protocol):
                 kind="server_error",
                 code="too_many_connections",
             )
-            transport.write(error_answer(error, keep_alive=False))
-            transport.close()
+            self.transport.write(error_answer(error, keep_alive=False))
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         if self._closing:

@@ -46,7 +46,7 @@ class SnapshotStream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         set_nodelay(transport)
-        transport.write(
+        self.transport.write(
             f"GET {self._path} HTTP/1.1\r\nhost: {self._host}\r\naccept: application/octet-stream\r\n\r\n".encode()
         )
         self._look()
@@ -138,7 +138,7 @@ class Subscription:
             async with asyncio.timeout(2.0):
                 _, stream = await loop.create_connection(
                     lambda: SnapshotStream(self._evidence, parts.netloc, f"{parts.path}/snapshots", silent_after_s),
-                    parts.hostname, parts.port or 80,
+                    str(parts.hostname), parts.port or 80,
                 )  # fmt: skip
         except (OSError, TimeoutError) as error:
             return f"cannot be reached ({getattr(error, 'strerror', None) or 'timed out'})"

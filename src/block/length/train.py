@@ -79,7 +79,7 @@ def tabulate(records: Sequence[Record]) -> Table:
     )
 
 
-def fit(records: Sequence[Record], *, rounds: int = 250, threads: int = 2) -> LengthModel:
+def fit(records: Sequence[Record], *, rounds: int = 250, threads: int = 1) -> LengthModel:
     """A model of these records.
 
     Raises:

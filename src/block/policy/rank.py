@@ -110,6 +110,19 @@ class PrefillTimesBatch:
         return float(load.waiting_tokens + request.prompt_tokens) * (load.running + load.waiting + 1)
 
 
+class LeastTokensPresent:
+    """Token load (llm-d's default of 2026, uncalibrated): prompt tokens to compute and context in the cache."""
+
+    needs: ClassVar = Evidence.LOAD
+    harm: ClassVar = False
+
+    def cost(self, request: Request, candidate: Candidate) -> float | None:
+        load = candidate.load
+        if load is None or load.kv_blocks_free is None or load.kv_blocks_total is None:
+            return None
+        return float(load.waiting_tokens + (load.kv_blocks_total - load.kv_blocks_free) * load.block_size)
+
+
 class PredictedE2e:
     """Predicted end-to-end latency of the new request: the published rule of Block."""
 

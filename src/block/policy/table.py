@@ -65,6 +65,9 @@ POLICIES: dict[str, PolicySpec] = {
     ),
     "nosim": PolicySpec("fewest tokens still to compute", _everyone(ranks.LeastUnprocessedTokens)),
     "lmetric": PolicySpec("prompt tokens to compute times batch size (LMetric)", _everyone(ranks.PrefillTimesBatch)),
+    "token-load": PolicySpec(
+        "fewest prompt tokens to compute plus tokens in the KV cache (llm-d)", _everyone(ranks.LeastTokensPresent)
+    ),
     "block": PolicySpec("lowest predicted E2E of all instances", _everyone(ranks.PredictedE2e)),
     "block-k": PolicySpec("lowest predicted E2E of k (2) instances at random", _block_k),
     "block-oracle": PolicySpec("as block, meant for true output lengths", _everyone(ranks.PredictedE2e)),

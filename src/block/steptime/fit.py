@@ -63,7 +63,7 @@ def fit_profile(logs: Logs, subject: Subject, progress: Callable[[str], None] = 
         raise BadInputError("The step logs hold too few steps with prefill to fit a profile.")
     progress("windows")
     most = max(int(log.decode_requests.max()) for log, _ in logs)
-    profile = _profile(work, launch, most, subject)
+    profile = refine(logs, _profile(work, launch, most, subject), lambda: progress("windows"))
     return msgspec.structs.replace(profile, errors=errors_by_regime(logs, profile))
 
 

@@ -1,7 +1,7 @@
-"""Last stage of a fit: a few bounded factors that make whole windows come out right on average.
+"""Last stage of a fit: one bounded factor that makes whole windows come out right on average.
 
-The direct estimates see clean steps only; what adds up in a run also has stalls of the host and the work that hides behind a
-launch. The factors multiply the launch times and the work of steps with prefill, nothing else.
+The direct estimates see clean steps only; what adds up in a run also has the work that hides behind a launch and the
+accelerator's slowing down under long prefills. The factor multiplies the work of steps with prefill, nothing else.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,50 +14,44 @@ from block.engine.limits import EngineLimits
 from block.steptime.profile import StepTimeProfile
 from block.steptime.regress import Floats
 from block.steptime.steplog import StepLog
-from block.steptime.windows import windows
+from block.steptime.windows import Window, windows
 
-FACTORS = ("launch_graph_s", "launch_eager_s", "work")
-LEAST, MOST = 0.8, 1.25
-TRUST = 0.02  # how far a factor moves for as much as one typical window is off
-PULL_S = 0.02e-3
+LEAST, MOST = 0.85, 1.2
 PAUSE_FRACTION = 0.25  # a window that the starting profile misses by more had a pause in it
+PULL_S = 1e-3  # a factor this much off 1, as a fraction, counts as much as a typical window that is this many seconds off
 
 
-def scaled(profile: StepTimeProfile, factors: Floats) -> StepTimeProfile:
-    graph, eager, work = map(float, factors)
+def scaled(profile: StepTimeProfile, factor: float) -> StepTimeProfile:
+    """The profile with the work of steps with prefill multiplied."""
     return msgspec.structs.replace(
         profile,
-        launch_graph_s=profile.launch_graph_s * graph,
-        launch_eager_s=profile.launch_eager_s * eager,
-        mixed_knots=[(tokens, seconds * work) for tokens, seconds in profile.mixed_knots],
-        attention_s=profile.attention_s * work,
+        mixed_knots=[(tokens, seconds * factor) for tokens, seconds in profile.mixed_knots],
+        attention_s=profile.attention_s * factor,
     )
 
 
 def refine(
     logs: Sequence[tuple[StepLog, EngineLimits]], profile: StepTimeProfile, progress: Callable[[], None] = lambda: None
 ) -> StepTimeProfile:
-    """The profile with its factors fitted to the logs' windows; unchanged if they hold none with prefill."""
+    """The profile with its factor fitted to the windows that begin in a running engine; unchanged if there are none."""
 
-    usable = [
-        {w.last for w in windows(log, profile, limits) if w.prefills and not w.from_idle and abs(w.modelled_s / w.measured_s - 1) < PAUSE_FRACTION}
-        for log, limits in logs
-    ]
+    def counts(window: Window) -> bool:
+        usual = abs(window.modelled_s / window.measured_s - 1) < PAUSE_FRACTION
+        return window.prefills > 0 and not window.from_idle and usual
 
-    def off(factors: Floats) -> Floats:
+    usable = [{w.last for w in windows(log, profile, limits) if counts(w)} for log, limits in logs]
+    if not any(usable):
+        return profile
+
+    def off(factor: Floats) -> Floats:
         progress()
-        rows = []
-        trial = scaled(profile, factors)
+        rows = [(np.asarray(factor) - 1) * PULL_S]
+        trial = scaled(profile, float(factor[0]))
         for (log, limits), use in zip(logs, usable, strict=True):
             found = [w for w in windows(log, trial, limits) if w.last in use]
             error = np.array([(w.modelled_s - w.measured_s) / np.sqrt(w.prefills) for w in found])
             rows.append(error / np.sqrt(max(len(found), 1)))
-        pull = (np.asarray(factors) - 1) / TRUST * PULL_S
-        return np.concatenate([*rows, pull])
+        return np.concatenate(rows)
 
-    if not any(usable):
-        return profile
-    solved = least_squares(
-        off, np.ones(len(FACTORS)), bounds=(LEAST, MOST), diff_step=1e-3, x_scale=TRUST, loss="linear", max_nfev=12
-    )
-    return scaled(profile, solved.x)
+    solved = least_squares(off, [1.0], bounds=(LEAST, MOST), diff_step=1e-3, x_scale=0.02, max_nfev=10)
+    return scaled(profile, float(solved.x[0]))

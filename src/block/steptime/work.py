@@ -21,7 +21,7 @@ from block.steptime.steplog import StepLog, cuda_graph_sizes
 
 KNOTS = np.array([1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096, 8192], dtype=float)
 CONTEXT_CELLS = np.array([64, 200, 500, 1000, 2000, 4000])  # tokens a request
-CELL_MOST = 30  # steps of one (tokens, context, log) cell that count fully
+CELL_MOST = 100  # steps of one (tokens, context, log) cell that count fully
 SMOOTH = 0.5  # how strongly the slopes of neighbouring segments pull together
 KNEE = 0.05  # relative errors beyond it are stalls of the host: they count linearly
 SAMPLES_FEW = 40

@@ -1,0 +1,63 @@
+"""What lies between the engine and who calls it: from arrival to the scheduler's queue, from a step's results to the caller."""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from scipy.optimize import nnls
+
+from block.steptime.regress import Floats
+from block.steptime.steplog import StepLog
+
+IDLE_MOST_S = 0.02  # a first schedule later than this after an arrival had another reason
+FEW = 5
+
+
+class Delays(msgspec.Struct, frozen=True):
+    """Seconds: ``input_s`` before the scheduler sees a request; ``output_s`` + ``output_request_s`` x batch until the caller
+    sees a token.
+    """
+
+    input_s: float
+    output_s: float
+    output_request_s: float
+
+
+class Calls(msgspec.Struct, frozen=True, eq=False):
+    """When the requests of a stage arrived and when their last token was seen, shape (requests,)."""
+
+    arrived_s: Floats
+    ended_s: Floats
+
+
+def fit_delays(stages: Sequence[tuple[StepLog, Calls]]) -> Delays:
+    """Medians over stages; zeros where nothing shows a delay.
+
+    The input delay shows where a request wakes an idle engine, the output delay at every request's end.
+    """
+    inputs = np.concatenate([_wakes(log, calls) for log, calls in stages] or [np.zeros(0)])
+    outputs = np.concatenate([_ends(log, calls) for log, calls in stages] or [np.zeros((0, 2))])
+    input_s = float(np.median(inputs)) if len(inputs) >= FEW else 0.0
+    if len(outputs) < FEW:
+        return Delays(input_s, 0.0, 0.0)
+    batch, late = outputs[:, 0], np.minimum(outputs[:, 1], np.percentile(outputs[:, 1], 95))
+    constant, slope = nnls(np.column_stack([np.ones(len(batch)), batch]), late)[0]
+    return Delays(input_s, float(constant), float(slope))
+
+
+def _wakes(log: StepLog, calls: Calls) -> Floats:
+    arrived = np.sort(calls.arrived_s)
+    s, u = log.scheduled_s, log.finished_s
+    k = 1 + np.flatnonzero(u[:-1] < s[1:])
+    first = np.searchsorted(arrived, u[k - 1])
+    k, first = k[first < len(arrived)], first[first < len(arrived)]
+    waited = s[k] - arrived[first]
+    return np.asarray(waited[(waited > 0) & (waited < IDLE_MOST_S)])
+
+
+def _ends(log: StepLog, calls: Calls) -> Floats:
+    """Rows (batch size of the step, delay) of the requests' last tokens."""
+    k = np.searchsorted(log.finished_s, calls.ended_s) - 1
+    k, ended = k[k >= 0], calls.ended_s[k >= 0]
+    batch = log.decode_requests[k] + log.chunks[k]
+    return np.column_stack([batch, ended - log.finished_s[k]])
