@@ -35,6 +35,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     slo: Slo | None = None
     session: str | None = None
+    client: str | None = None  # the application that sent it, where known: an API key's name or the user field
     prompt: str | None = None  # for the length estimator; never logged
 
 

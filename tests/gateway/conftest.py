@@ -112,10 +112,10 @@ async def _check_nothing_is_left(gateway: Gateway) -> None:
     dispatcher = gateway.dispatcher
     await until(lambda: not dispatcher.active and not gateway.app.connections)
     assert not dispatcher.tasks()
-    assert len(dispatcher.expectations) == 0
+    assert len(dispatcher.decider.expectations) == 0
     for instance in gateway.pool.instances.values():
         assert (instance.in_flight, instance.in_flight_tokens, instance.streaming) == (0, 0, 0), instance.id
-    for evidence in dispatcher.evidence.values():
+    for evidence in dispatcher.decider.evidence.values():
         assert evidence.unseen == 0
 
 

@@ -9,8 +9,20 @@ from openai import AsyncOpenAI
 
 from gateway.conftest import Client, Start, until
 from gateway.fakes import (
-    FakeEngine, chunk, dies_in_body, dies_in_chunk, dies_in_stream, dies_unanswered, event, fails, hangs_in_stream,
-    never_answers, overloaded, slowly, speaks_garbage, well,
+    FakeEngine,
+    chunk,
+    dies_in_body,
+    dies_in_chunk,
+    dies_in_stream,
+    dies_unanswered,
+    event,
+    fails,
+    hangs_in_stream,
+    never_answers,
+    overloaded,
+    slowly,
+    speaks_garbage,
+    well,
 )  # fmt: skip
 
 STREAM = {"stream": True}

@@ -34,8 +34,7 @@ async def predictors() -> AsyncIterator[Predictors]:
     running: list[FakePredictor] = []
 
     async def begin(*frames: Callable[[], bytes | None]) -> dict[int, str]:
-        for frame in frames:
-            running.append(await FakePredictor(frame).start())
+        running.extend([await FakePredictor(frame).start() for frame in frames])
         begin.running = running  # type: ignore[attr-defined]
         return {n: predictor.url for n, predictor in enumerate(running)}
 
@@ -46,7 +45,7 @@ async def predictors() -> AsyncIterator[Predictors]:
 
 async def settled(client: Client) -> None:
     """Every predictor has spoken and told its step times."""
-    evidence = client.gateway.dispatcher.evidence.values()
+    evidence = client.gateway.decider.evidence.values()
     await until(lambda: all(e.frames and e._mirror is not None for e in evidence))
 
 
@@ -107,7 +106,7 @@ async def test_a_faulty_predictor_costs_no_request(start: Start, predictors: Pre
     frame, fallback = FAULTS[fault]
     urls = await predictors(idle, frame)
     client = await start(FakeEngine(), FakeEngine(), policy="block", predictors=urls)
-    await until(lambda: client.gateway.dispatcher.evidence[InstanceId("e0")]._mirror is not None)
+    await until(lambda: client.gateway.decider.evidence[InstanceId("e0")]._mirror is not None)
     await asyncio.sleep(0.05)
     for n in range(4):
         assert (await client.post(headers={"x-request-id": f"r{n}"}))[0] == 200
@@ -130,7 +129,7 @@ async def test_a_predictor_that_dies_and_returns_is_used_again(start: Start, pre
     assert (await client.post())[0] == 200
     assert await client.metric("block_fallback_total") == 1
     await first.start()
-    evidence = client.gateway.dispatcher.evidence[InstanceId("e0")]
+    evidence = client.gateway.decider.evidence[InstanceId("e0")]
     await until(lambda: evidence.fresh(time.time()))
     assert (await client.post(headers={"x-request-id": "back"}))[0] == 200
     assert (await decision(client, "back"))["evidence"] == "prediction"

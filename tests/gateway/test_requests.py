@@ -7,7 +7,16 @@ from openai import AsyncOpenAI
 
 from gateway.conftest import Start, until
 from gateway.fakes import (
-    STREAM_HEAD, FakeEngine, Heard, answer, chunk, encoded, event, hangs_in_stream, never_answers, slowly,
+    STREAM_HEAD,
+    FakeEngine,
+    Heard,
+    answer,
+    chunk,
+    encoded,
+    event,
+    hangs_in_stream,
+    never_answers,
+    slowly,
 )  # fmt: skip
 
 POST = (

@@ -76,7 +76,9 @@ def _run(url: str, model: str | None, state: Any, **options: Any) -> "Calibrated
                 on_stage=on_stage, **options,
             )  # fmt: skip
 
-        return asyncio.run(main())
+        result = asyncio.run(main())
+        progress.update(task, description="fitted", completed=done + 1)
+        return result
 
 
 async def _served_model(url: str) -> str:

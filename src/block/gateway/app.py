@@ -5,6 +5,7 @@ import hmac
 import logging
 import os
 import re
+import time
 from time import monotonic
 from typing import Any, Final
 from urllib.parse import unquote
@@ -18,7 +19,7 @@ from block.gateway.dispatch import Dispatcher
 from block.gateway.exchange import Exchange
 from block.gateway.http1 import HttpRequest
 from block.gateway.metrics import Metrics
-from block.gateway.openai import GENERATING, Body, as_request, read_body
+from block.gateway.openai import GENERATING, Body, PromptRatio, as_request, read_body
 from block.gateway.pool import Instance, Pool, State
 from block.gateway.proxy import ClientConnection
 
@@ -36,20 +37,17 @@ class App:
     """What every client connection talks to. Owns the set of connections."""
 
     def __init__(
-        self,
-        config: GatewayConfig,
-        pool: Pool,
-        dispatcher: Dispatcher,
-        metrics: Metrics,
+        self, config: GatewayConfig, pool: Pool, dispatcher: Dispatcher, ratio: PromptRatio, metrics: Metrics,
         loop: asyncio.AbstractEventLoop,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.config, self.pool, self.dispatcher, self.metrics, self.loop = config, pool, dispatcher, metrics, loop
+        self._ratio = ratio
         self.connections: set[ClientConnection] = set()
         self.self_test: str | None = None
         """Why predictions cannot be made here (then ready says no); ``None``: they can, or the policy needs none."""
         self.membership: Membership | None = None
         self._keys = [key.encode() for key in config.all_keys()]
-        self._reads_text = bool(getattr(dispatcher.estimator, "reads_text", False))
+        self._reads_text = bool(getattr(dispatcher.decider.estimator, "reads_text", False))
         self._pass = config.passthrough
 
     def configure(self, config: GatewayConfig) -> None:
@@ -78,7 +76,7 @@ class App:
         except ClientError as error:
             self.metrics.errors.labels(error.code or str(error.status)).inc()
             client.answer_error(error, _echoed_id(http))
-        except Exception:  # noqa: BLE001  the outermost place: a bug here costs this request and no other
+        except Exception:  # the outermost place: a bug here costs this request and no other
             log.exception("bug while handling %s %s", http.method.decode("latin-1"), http.path)
             if client.exchange is not None:
                 client.exchange.client_gone()
@@ -181,7 +179,7 @@ class App:
         dispatcher = self.dispatcher
         arrived_s = monotonic()
         request, prompt_bytes = as_request(
-            http, body, request_id=request_id, arrived_s=dispatcher.wall_s(), ratio=dispatcher.ratio,
+            http, body, request_id=request_id, arrived_s=time.time(), ratio=self._ratio,
             reads_text=generating and self._reads_text,
         )  # fmt: skip
         exchange = Exchange(
@@ -231,7 +229,7 @@ class App:
         raise ClientError(404, f"There is no instance named {name[:256]!r}.", code="instance_not_found")
 
     def _describe(self, instance: Instance) -> dict[str, Any]:
-        evidence = self.dispatcher.evidence.get(instance.id)
+        evidence = self.dispatcher.decider.evidence.get(instance.id)
         return {
             "name": instance.id, "url": instance.config.url, "predictor": instance.config.predictor,
             "state": instance.state, "reason": instance.reason, "suspect": instance.suspect, "in_flight": instance.in_flight,
@@ -241,7 +239,7 @@ class App:
 
     def _gauge(self) -> None:
         """Gauges are read from the state when someone asks."""
-        metrics, now_s = self.metrics, self.dispatcher.wall_s()
+        metrics, now_s = self.metrics, time.time()
         metrics.ready.set(len(self.pool.ready()))
         metrics.queue_size.set(len(self.dispatcher.queue))
         metrics.connections.set(len(self.connections))
@@ -252,7 +250,7 @@ class App:
             metrics.suspect.labels(name).set(instance.suspect is not None)
             metrics.in_flight.labels(name).set(instance.in_flight)
             metrics.in_flight_tokens.labels(name).set(instance.in_flight_tokens)
-            evidence = self.dispatcher.evidence.get(name)
+            evidence = self.dispatcher.decider.evidence.get(name)
             if evidence is not None and instance.config.predictor is not None:
                 metrics.unseen.labels(name).set(evidence.unseen)
                 metrics.stale.labels(name).set(evidence.age_s(now_s) if evidence.frames else float("inf"))

@@ -211,7 +211,8 @@ def _from_file(file: str) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not TOML: {error}.") from error
     _check_keys(file, given, GatewayConfig)
-    for instance in given.get("instances", []):
+    instances = given.get("instances")
+    for instance in instances if isinstance(instances, list) else ():
         if isinstance(instance, dict):
             _check_keys(f"{file}, [[instances]]", instance, InstanceConfig)
     given.pop("config_file", None)

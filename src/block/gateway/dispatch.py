@@ -20,74 +20,42 @@ evidence, the policy falls back, and the fallback is counted.
 """
 
 import asyncio
-import logging
 import math
-import time
 from collections import deque
-from collections.abc import Sequence
-from random import Random
+from collections.abc import Coroutine, Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from block.core import Candidate, Decision, InstanceId, Request
+from block.core import Decision, InstanceId
 from block.errors import BlockError, ClientError, InstanceUnreachableError
 from block.gateway.config import GatewayConfig
+from block.gateway.decider import Decider
 from block.gateway.decisions import Decisions
-from block.gateway.evidence import Evidence as InstanceEvidence
-from block.gateway.expectations import Expectations
 from block.gateway.exchange import Exchange
-from block.gateway.lengths import HeaderLengths
+from block.gateway.lessons import Lessons
 from block.gateway.metrics import Metrics
-from block.gateway.openai import PromptRatio, usage_of
 from block.gateway.pool import Instance, Pool
-from block.policy.choose import decide
-from block.policy.rank import Evidence
-from block.policy.table import Policy, make_policy
-from block.predict.whatif import Oracle
-
-if TYPE_CHECKING:
-    from block.gateway.remote import RemotePredictors
-
-log = logging.getLogger("block.gateway")
-DEFAULT_MAX_TOKENS: Final = 4096
+from block.policy.table import Policy
 
 
 class Dispatcher:
     """Owns the requests in flight, the queue and the retry budget. One per gateway process."""
 
     def __init__(
-        self,
-        config: GatewayConfig,
-        pool: Pool,
-        policy: Policy,
-        estimator: Any,
-        metrics: Metrics,
-        rng: Random,
+        self, config: GatewayConfig, pool: Pool, decider: Decider, lessons: Lessons, metrics: Metrics,
         loop: asyncio.AbstractEventLoop,
-    ) -> None:
-        self.config, self.pool, self.policy, self.estimator, self.metrics = config, pool, policy, estimator, metrics
-        self.rng, self.loop = rng, loop
-        self.expectations = Expectations(estimator)
-        self.evidence: dict[InstanceId, InstanceEvidence] = {}
-        self.ratio = PromptRatio()
+    ) -> None:  # fmt: skip
+        self.config, self.pool, self.decider, self.lessons, self.metrics = config, pool, decider, lessons, metrics
         self.decisions = Decisions(config.decisions_kept)
         self.decision_headers = config.decision_headers
-        self.remote: RemotePredictors | None = None
         self.draining = False
         self.active: set[Exchange] = set()
         self.queue: deque[Exchange] = deque()
         self.budget = RetryBudget(config.retry_budget_fraction)
-        self._fewest = make_policy("least-outstanding")
-        self._oracle = Oracle()
-        self._lessons = Lessons()
-        self._bare: dict[InstanceId, Candidate] = {}
+        self._loop = loop
         self._tasks: set[asyncio.Task[None]] = set()
         self._finished = deque[float](maxlen=256)
-
-    @staticmethod
-    def wall_s() -> float:
-        """Wall-clock seconds, as in snapshots."""
-        return time.time()
+        self._over = asyncio.Event()
 
     # Admission
 
@@ -138,7 +106,7 @@ class Dispatcher:
             self.active.add(exchange)
             self._dispatch(exchange)
 
-    # Decision
+    # Decision and sending
 
     def _eligible(self, exchange: Exchange) -> Sequence[InstanceId]:
         ids = self.pool.eligible(exchange.request.model)
@@ -149,171 +117,57 @@ class Dispatcher:
         if not ids:
             self._nobody(exchange)
             return
-        policy = self.policy if exchange.generating else self._fewest
-        if self.remote is not None and policy.rank.needs is Evidence.PREDICTION:
-            self._spawn(self._dispatch_remotely(exchange, policy, ids, self.remote))
-            return
-        started_s = time.perf_counter()
-        candidates = self._candidates(exchange, policy, policy.shortlist.choose(ids, self.rng))
-        self._send(exchange, decide(policy, exchange.request, candidates, self.rng), started_s)
-
-    def _nobody(self, exchange: Exchange) -> None:
-        model = exchange.request.model
-        if exchange.tried:
-            exchange.refuse(
-                ClientError(
-                    502,
-                    f"No instance could answer: {self.pool.why_none()}.",
-                    kind="server_error",
-                    code="instances_failed",
-                )
-            )
-        elif self.pool.full(model):
-            self._enqueue(exchange)
+        policy = self.decider.policy_for(exchange)
+        if self.decider.asks_remotely(policy):
+            self._spawn(self._dispatch_remotely(exchange, policy, ids))
         else:
-            exchange.refuse(
-                ClientError(
-                    503, f"No instance is ready: {self.pool.why_none()}.", kind="server_error", code="no_ready_endpoint"
-                ),
-                b"retry-after: 1\r\n",
-            )
+            self._send(exchange, self.decider.decide(exchange, policy, ids))
 
-    def _candidates(self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId]) -> list[Candidate]:
-        needs = policy.rank.needs
-        if needs is Evidence.NOTHING:
-            return [self._bare.get(i) or self._bare.setdefault(i, Candidate(i)) for i in ids]
-        self._estimate(exchange)
-        now_s = time.time()
-        if needs is Evidence.LOAD:
-            return [Candidate(i, self._load(i, now_s)) for i in ids]
-        return self._predicted(exchange, ids, now_s, harm=policy.rank.harm)
-
-    def _estimate(self, exchange: Exchange) -> None:
-        if isinstance(self.estimator, HeaderLengths):
-            self.estimator.listen(exchange.request, exchange.http)
-        estimate = self.estimator.estimate(exchange.request)
-        exchange.expected_total = max(1, round(estimate.expected_total(0)))
-        exchange.estimate = estimate
-
-    def _load(self, instance_id: InstanceId, now_s: float) -> Any:
-        instance = self.pool.instances[instance_id]
-        recent = instance.sent.advance(monotonic())
-        return self.evidence[instance_id].load(instance.in_flight, recent, instance.in_flight_tokens, now_s)
-
-    def _predicted(self, exchange: Exchange, ids: Sequence[InstanceId], now_s: float, *, harm: bool) -> list[Candidate]:
-        """A what-if for every candidate that has evidence; where one lacks it, counters for all (they will be needed)."""
-        started_s = time.perf_counter()
-        mirrors = [self._mirror(i, now_s) for i in ids]
-        known = [i for i, mirror in zip(ids, mirrors, strict=True) if mirror is not None]
-        if len(known) < len(ids):
-            for i in set(ids).difference(known):
-                self.metrics.evidence_missing.labels(i).inc()
-            return [Candidate(i, self._load(i, now_s)) for i in ids]
-        predictions = self._ask(exchange, ids, mirrors, now_s, harm=harm)
-        self.metrics.predict_time.observe(time.perf_counter() - started_s)
-        if predictions is None:
-            return [Candidate(i, self._load(i, now_s)) for i in ids]
-        return [Candidate(i, None, prediction) for i, prediction in zip(ids, predictions, strict=True)]
-
-    def _mirror(self, instance_id: InstanceId, now_s: float) -> Any:
-        evidence = self.evidence[instance_id]
-        try:
-            return evidence.mirror(now_s)
-        except MODEL_ERRORS as error:
-            evidence.spoiled(f"the engine model cannot work with its snapshot: {error!r}")
-            return None
-
-    def _ask(
-        self, exchange: Exchange, ids: Sequence[InstanceId], mirrors: list[Any], now_s: float, *, harm: bool
-    ) -> Any:
-        request = exchange.request
-        question: dict[str, Any] = {
-            "prompt_tokens": request.prompt_tokens, "max_tokens": self._max_tokens(request, ids[0]),
-            "output_tokens": exchange.expected_total, "now_s": now_s, "horizon_s": self.config.horizon_s, "harm": harm,
-        }  # fmt: skip
-        try:
-            return self._oracle.predict_all(mirrors, **question)
-        except MODEL_ERRORS:
-            for instance_id, mirror in zip(ids, mirrors, strict=True):  # whose fault was it?
-                try:
-                    self._oracle.predict_all([mirror], **question)
-                except MODEL_ERRORS as error:
-                    self.evidence[instance_id].spoiled(f"the engine model cannot work with its snapshot: {error!r}")
-            return None
-
-    def _max_tokens(self, request: Request, instance_id: InstanceId) -> int:
-        if request.max_tokens is not None:
-            return request.max_tokens
-        snapshot = self.evidence[instance_id].snapshot
-        return DEFAULT_MAX_TOKENS if snapshot is None else max(1, snapshot.limits.max_model_len - request.prompt_tokens)
-
-    async def _dispatch_remotely(
-        self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId], remote: "RemotePredictors"
-    ) -> None:
-        started_s = time.perf_counter()
-        shortlist = policy.shortlist.choose(ids, self.rng)
-        self._estimate(exchange)
-        predictions = await remote.ask(shortlist, exchange.request, exchange.expected_total)
+    async def _dispatch_remotely(self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId]) -> None:
+        decision = await self.decider.decide_remotely(exchange, policy, ids)
         if exchange.over:
             return
-        now_s = time.time()
-        candidates = [
-            Candidate(i, self._load(i, now_s), p)
-            for i, p in zip(shortlist, predictions, strict=True)
-            if i in self.pool.instances
-        ]
-        for candidate in candidates:
-            if candidate.prediction is None:
-                self.metrics.evidence_missing.labels(candidate.instance).inc()
-        if not candidates:
+        if decision is None:
             self._nobody(exchange)
-            return
-        self._send(exchange, decide(policy, exchange.request, candidates, self.rng), started_s)
+        else:
+            self._send(exchange, decision)
 
-    # Sending
+    def _nobody(self, exchange: Exchange) -> None:
+        """There is no instance for it: all failed it, all are full, or none is ready."""
+        why = self.pool.why_none()
+        if exchange.tried:
+            message = f"No instance could answer: {why}."
+            exchange.refuse(ClientError(502, message, kind="server_error", code="instances_failed"))
+        elif self.pool.full(exchange.request.model):
+            self._enqueue(exchange)
+        else:
+            error = ClientError(503, f"No instance is ready: {why}.", kind="server_error", code="no_ready_endpoint")
+            exchange.refuse(error, b"retry-after: 1\r\n")
 
-    def _send(self, exchange: Exchange, decision: Decision, started_s: float) -> None:
-        self.metrics.decision_time.observe(time.perf_counter() - started_s)
-        if decision.fallback is not None:
-            self.metrics.fallbacks.labels(decision.fallback).inc()
+    def _send(self, exchange: Exchange, decision: Decision) -> None:
         instance = self.pool.instances[decision.instance]
         exchange.decision, exchange.instance = decision, instance
         exchange.attempts += 1
         exchange.prediction = decision.candidates[_place(decision)].prediction
         self.decisions.note(exchange)
-        self._book(exchange, instance)
+        exchange.tokens = exchange.request.prompt_tokens + exchange.expected_total
+        self.pool.started(instance, exchange.tokens, monotonic())
+        self.decider.sent(exchange, instance)
         connection = instance.connections.take()
         if connection is not None:
             exchange.send_on(connection, instance)
         else:
             exchange.connecting = self._spawn(self._connect(exchange, instance))
 
-    def _book(self, exchange: Exchange, instance: Instance) -> None:
-        """Count it on its instance, in the pool and (where the policy looks) in the ledger of unseen requests."""
-        request = exchange.request
-        exchange.tokens = request.prompt_tokens + exchange.expected_total
-        self.pool.started(instance, exchange.tokens, monotonic())
-        if exchange.generating and exchange.expected_total and instance.config.predictor is not None:
-            evidence = self.evidence[instance.id]
-            exchange.key = evidence.sent(
-                request, self._max_tokens(request, instance.id), exchange.expected_total, time.time()
-            )
-            self.expectations.expect(exchange.key, exchange.estimate)
-
     def _unbook(self, exchange: Exchange) -> None:
-        instance = exchange.instance
+        """Its instance is rid of it, for now or for good."""
+        instance, exchange.instance = exchange.instance, None
         if instance is None:
             return
         self.pool.ended(instance, exchange.tokens)
         if exchange.sse:
             instance.streaming -= 1
-        if exchange.key:
-            evidence = self.evidence.get(instance.id)
-            if evidence is not None:
-                evidence.ended(exchange.key)
-            self.expectations.forget(exchange.key)
-            exchange.key = 0
-        exchange.instance = None
+        self.decider.over(exchange, instance)
 
     async def _connect(self, exchange: Exchange, instance: Instance) -> None:
         try:
@@ -399,12 +253,13 @@ class Dispatcher:
             if exchange.status >= 400:
                 self.metrics.errors.labels(str(exchange.status)).inc()
             else:
-                self._learn(exchange, instance)
+                self.lessons.take(exchange)
         self.decisions.finish(exchange, error)
         self._unbook(exchange)
+        self._over.set()
         self._finished.append(monotonic())
         if self.queue:
-            self.loop.call_soon(self._pull)
+            self._loop.call_soon(self._pull)
 
     def abandoned(self, exchange: Exchange) -> None:
         """The client left."""
@@ -414,41 +269,9 @@ class Dispatcher:
             self.metrics.disconnects.inc()
             self.decisions.finish(exchange, None)
             self._unbook(exchange)
+            self._over.set()
             if self.queue:
-                self.loop.call_soon(self._pull)
-
-    def _learn(self, exchange: Exchange, instance: Instance) -> None:
-        request, metrics = exchange.request, self.metrics.model(exchange.request.model)
-        duration_s = exchange.answered_s - exchange.arrived_s
-        metrics.duration.observe(duration_s)
-        if not exchange.generating:
-            return
-        prompt_tokens, output_tokens = usage_of(exchange.tail)
-        if prompt_tokens and exchange.prompt_bytes:
-            self.ratio.observe(request.model, exchange.prompt_bytes, prompt_tokens)
-        if output_tokens is None and exchange.sse:
-            output_tokens = max(1, exchange.events - 1 - request_role_events(exchange))
-        metrics.prompt_tokens.inc(prompt_tokens or request.prompt_tokens)
-        if output_tokens:
-            metrics.output_tokens.inc(output_tokens)
-            if self._lessons.allows(exchange.answered_s):
-                self.estimator.observe(request, output_tokens)
-        ttft_s = exchange.first_byte_s - exchange.arrived_s if exchange.sse else None
-        tpot_s = None
-        if ttft_s is not None:
-            metrics.ttft.observe(ttft_s)
-            if output_tokens and output_tokens > 1:
-                tpot_s = (duration_s - ttft_s) / (output_tokens - 1)
-                metrics.tpot.observe(tpot_s)
-            if exchange.prediction is not None and exchange.prediction.ttft_s > 0:
-                metrics.predicted_ttft.observe(exchange.prediction.ttft_s)
-                metrics.prediction_error.observe(ttft_s / exchange.prediction.ttft_s)
-        if request.slo is not None:
-            for kind, target, got in (
-                ("ttft", request.slo.ttft_s, ttft_s), ("tpot", request.slo.tpot_s, tpot_s), ("e2e", request.slo.e2e_s, duration_s),
-            ):  # fmt: skip
-                if target is not None and got is not None and got > target:
-                    self.metrics.slo_violations.labels(kind).inc()
+                self._loop.call_soon(self._pull)
 
     def sweep(self) -> None:
         """End what is overdue. Called a few times a second."""
@@ -466,35 +289,21 @@ class Dispatcher:
                 )
         self._pull()
 
+    async def idle(self) -> None:
+        """Until no request is in flight or queued."""
+        while self.active or self.queue:
+            self._over.clear()
+            await self._over.wait()
+
     def tasks(self) -> list[asyncio.Task[None]]:
         """Connections being opened and predictors being asked."""
         return list(self._tasks)
 
-    def forget(self, instance: InstanceId) -> None:
-        """An instance left."""
-        self.evidence.pop(instance, None)
-        self._bare.pop(instance, None)
-
-    def _spawn(self, coroutine: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = self.loop.create_task(coroutine)
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = self._loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-class Lessons:
-    """Lets the estimator learn from ``PER_SECOND`` answers a second: more of the same hour teach nothing and cost time."""
-
-    PER_SECOND: Final = 100
-
-    def __init__(self) -> None:
-        self._second, self._given = 0, 0
-
-    def allows(self, now_s: float) -> bool:
-        if int(now_s) != self._second:
-            self._second, self._given = int(now_s), 0
-        self._given += 1
-        return self._given <= self.PER_SECOND
 
 
 class RetryBudget:
@@ -515,15 +324,6 @@ class RetryBudget:
             return False
         self.left -= 1
         return True
-
-
-MODEL_ERRORS: Final = (BlockError, ValueError, ArithmeticError, LookupError, TypeError, MemoryError)
-"""What the engine model may raise on a snapshot that no engine can be in."""
-
-
-def request_role_events(exchange: Exchange) -> int:
-    """Chat streams open with an event that names the role and carries no token."""
-    return 1 if b"/chat/" in exchange.http.target else 0
 
 
 def _place(decision: Decision) -> int:

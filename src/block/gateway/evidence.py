@@ -127,7 +127,7 @@ class Evidence:
         silent_s, age_s = now_s - self._received_s, now_s - self._taken_s
         if (
             silent_s <= self.stale_after_s
-            and -SKEW_MAX_S <= age_s
+            and age_s >= -SKEW_MAX_S
             and (age_s <= self.stale_after_s or not self._running)
         ):
             self.problem = None

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from block.core import Decision, Prediction, Request
 from block.errors import ClientError, InstanceUnreachableError, StreamBrokenError
-from block.gateway.http1 import LAST_CHUNK, AnswerHead, HttpRequest, answer_head, chunk, request_head
+from block.gateway.answers import AnswerHead
+from block.gateway.http1 import LAST_CHUNK, HttpRequest, answer_head, chunk, request_head
 from block.gateway.openai import error_object
 from block.gateway.pool import Instance
 from block.gateway.upstream import UpstreamConnection
@@ -30,9 +31,10 @@ class Exchange:
     """Written by the dispatcher (where it goes) and by the two connections' callbacks (what came)."""
 
     __slots__ = (
-        "answered_s", "arrived_s", "attempts", "chunked", "client", "connecting", "connection", "decision", "dispatcher", "events",
-        "first_byte_s", "head_sent", "http", "instance", "key", "keep_alive", "over", "paused_s", "prediction", "prompt_bytes",
-        "queued_s", "request", "resent", "sent_s", "sse", "status", "stream", "tail", "tokens", "tried", "estimate", "generating", "expected_total", "overhead_s",
+        "answered_s", "arrived_s", "attempts", "chunked", "client", "connecting", "connection", "decision",
+        "dispatcher", "estimate", "events", "expected_total", "first_byte_s", "generating", "head_sent", "http",
+        "instance", "keep_alive", "key", "over", "overhead_s", "paused_s", "prediction", "prompt_bytes", "queued_s",
+        "request", "resent", "sent_s", "sse", "status", "stream", "tail", "tokens", "tried",
     )  # fmt: skip
 
     def __init__(
@@ -41,7 +43,7 @@ class Exchange:
     ) -> None:  # fmt: skip
         self.dispatcher, self.client, self.http, self.request = dispatcher, client, http, request
         self.stream, self.generating, self.prompt_bytes = stream, generating, prompt_bytes
-        self.arrived_s = arrived_s  # loop time, as all times here
+        self.arrived_s = arrived_s  # monotonic, as all times here
         self.keep_alive = http.keep_alive
         self.instance: Instance | None = None
         self.connection: UpstreamConnection | None = None

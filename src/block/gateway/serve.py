@@ -1,6 +1,7 @@
 """A running gateway: puts the parts together, starts and stops them, reloads the configuration."""
 
 import asyncio
+import contextlib
 import errno
 import logging
 import signal
@@ -16,11 +17,14 @@ import aiohttp
 from block.errors import BlockError, ConfigError
 from block.gateway.app import App, Membership
 from block.gateway.config import RELOADABLE, GatewayConfig, InstanceConfig
+from block.gateway.decider import Decider
 from block.gateway.dispatch import Dispatcher
 from block.gateway.evidence import Evidence
 from block.gateway.health import HangWatch, HealthChecks
 from block.gateway.lengths import HeaderLengths
+from block.gateway.lessons import Lessons
 from block.gateway.metrics import Metrics
+from block.gateway.openai import PromptRatio
 from block.gateway.pool import Instance, Pool, State
 from block.gateway.proxy import ClientConnection
 from block.gateway.remote import RemotePredictors
@@ -68,18 +72,20 @@ class Gateway(Membership):
         loop, config = asyncio.get_running_loop(), self.config
         metrics, pool = Metrics(), Pool(config)
         metrics.set_policy(self._policy.name)
-        dispatcher = Dispatcher(config, pool, self._policy, self._estimator, metrics, self._rng, loop)
-        self.pool, self.dispatcher, self.metrics = pool, dispatcher, metrics
-        self.app = App(config, pool, dispatcher, metrics, loop)
+        self.ratio = PromptRatio()
+        decider = Decider(config, pool, self._policy, self._estimator, metrics, self._rng)
+        dispatcher = Dispatcher(config, pool, decider, Lessons(self._estimator, self.ratio, metrics), metrics, loop)
+        self.pool, self.dispatcher, self.decider, self.metrics = pool, dispatcher, decider, metrics
+        self.app = App(config, pool, dispatcher, self.ratio, metrics, loop)
         self.app.membership = self
         self.app.self_test = (
             self_test() if self._policy.rank.needs is Needs.PREDICTION and config.predict == "local" else None
         )
+        self._watch = HangWatch(pool, decider.evidence, self._checks, config.hang_after_s)
         await self._listen(loop)
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=False)
         if config.predict == "remote":
-            dispatcher.remote = RemotePredictors(pool, self._session, config.predict_timeout_s)
-        self._watch = HangWatch(pool, dispatcher.evidence, self._checks, config.hang_after_s)
+            decider.remote = RemotePredictors(pool, self._session, config.predict_timeout_s)
         for instance in pool.instances.values():
             self._follow(instance)
         self._background = [loop.create_task(self._sweep()), loop.create_task(self._look())]
@@ -103,9 +109,9 @@ class Gateway(Membership):
     async def drain(self) -> None:
         """Ready says no, connections without a request close, answers finish; after the grace period no more is waited."""
         self.dispatcher.draining = True
-        deadline_s = monotonic() + self.config.shutdown_grace_period_s
-        while (self.dispatcher.active or self.dispatcher.queue) and monotonic() < deadline_s:
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.shutdown_grace_period_s):
+                await self.dispatcher.idle()
 
     async def close(self) -> None:
         """Stop listening and end everything at once."""
@@ -143,22 +149,22 @@ class Gateway(Membership):
         for task in self._tasks.pop(instance.id, []):
             task.cancel()
         self._checks.pop(instance.id, None)
-        self.dispatcher.forget(instance.id)
+        self.decider.forget(instance.id)
 
     def _follow(self, instance: Instance) -> None:
-        """Health checks, and the predictor's stream where there is one and the policy looks at it."""
+        """Health checks, and the predictor's stream where there is one."""
         assert self._session is not None
         loop, config = asyncio.get_running_loop(), self.config
         evidence = Evidence(
             instance.id,
-            self.dispatcher.expectations,
+            self.decider.expectations,
             stale_after_s=config.stale_after_s,
             unseen_after_s=config.unseen_after_s,
         )
-        self.dispatcher.evidence[instance.id] = evidence
+        self.decider.evidence[instance.id] = evidence
         checks = self._checks[instance.id] = HealthChecks(instance, self.pool, self._session, config, self._rng)
         tasks = [loop.create_task(checks.run())]
-        if instance.config.predictor is not None and self._policy.rank.needs is not Needs.NOTHING:
+        if instance.config.predictor is not None:
             stream = Subscription(instance.config.predictor, evidence, self._session, self._rng)
             tasks.append(loop.create_task(stream.run()))
         self._tasks[instance.id] = tasks
@@ -190,7 +196,7 @@ class Gateway(Membership):
 
     def _apply(self, config: GatewayConfig, policy: Policy) -> None:
         if config.policy != self.config.policy:
-            self._policy = self.dispatcher.policy = policy
+            self._policy = self.decider.policy = policy
             self.metrics.set_policy(policy.name)
         self.config = self.dispatcher.config = config
         self.app.configure(config)
@@ -204,17 +210,13 @@ class Gateway(Membership):
                 self.join(instance_config)
 
     async def _watch_file(self, file: str) -> None:
-        path, seen = Path(file), None
+        seen = _stamp(file)
         while True:
-            try:
-                status = path.stat()
-                now = (status.st_mtime_ns, status.st_size, status.st_ino)
-            except OSError:
-                now = seen
-            if seen is not None and now != seen:
-                self.reload()
-            seen = now
             await asyncio.sleep(FILE_CHECK_S)
+            now = _stamp(file)
+            if now is not None and now != seen:
+                self.reload()
+                seen = now
 
     # Ticks
 
@@ -274,6 +276,15 @@ async def run(
             waiter.cancel()
     finally:
         await gateway.close()
+
+
+def _stamp(file: str) -> tuple[int, int, int] | None:
+    """What changes when a file does, also behind a link that is swapped (as Kubernetes does); ``None``: not there."""
+    try:
+        status = Path(file).stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 async def _first_checks(gateway: Gateway) -> None:

@@ -171,7 +171,11 @@ class Subscription:
 
 
 def _curve_of(body: bytes) -> tuple[StepCurve, float, float]:
-    """The step-time curve of a ``/profile`` answer, the seconds before the scheduler and after it. Raises ValueError or MsgspecError where it is none."""
+    """The step-time curve of a ``/profile`` answer, the seconds before the scheduler and after it.
+
+    Raises:
+        ValueError, MsgspecError: it is none.
+    """
     fields = msgspec.json.decode(body, type=dict[str, Any])
     scale = fields.pop("scale", 1.0)
     if isinstance(fields.get("profile"), dict):

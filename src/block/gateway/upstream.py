@@ -6,7 +6,7 @@ from collections import deque
 from typing import Final, Protocol, cast
 
 from block.errors import InstanceUnreachableError, StreamBrokenError
-from block.gateway.http1 import AnswerHead, AnswerReader, end_of_whole_chunks
+from block.gateway.answers import AnswerHead, AnswerReader, end_of_whole_chunks
 
 IDLE_MAX: Final = 512
 HELD_BYTES_MAX: Final = 262_144

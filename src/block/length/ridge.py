@@ -1,6 +1,6 @@
 """The linear part of the length model: ridge regression on hashed words and dense features, one row per prompt."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,33 +8,47 @@ from scipy import sparse
 from scipy.sparse.linalg import lsqr
 
 from block.length.distribution import Floats
-from block.length.model import CLIP
+from block.length.model import CLIP, Vector
 
 RIDGES = (0.5, 1.0, 2.0, 4.0, 8.0, 32.0)
 _DENSE_SHARE = 0.15  # how much a dense feature, at one standard deviation, weighs against the whole bag of words
+_VECTOR_SHARE = 0.7  # how much an embedding (of length 1) does
+
+
+class Linear(NamedTuple):
+    """w, v, u and the intercept."""
+
+    words: Vector
+    dense: Vector
+    vector: Vector
+    intercept: float
 
 
 class WordsRidge:
-    """Fits effect = w . x / |x| + v . clip(dense - mean) + intercept.
+    """Fits effect = w . x / |x| + v . clip(dense - mean) + u . (vector - mean) + intercept.
 
-    ``words``: sparse (rows, HASH_SIZE) of ones; ``dense``: (rows, dense); ``prompt``: (rows,) index of the prompt;
-    ``fold``: (rows,) fold of the prompt. Rows of one prompt are averaged, and count a little more than one row.
+    ``words``: sparse (rows, HASH_SIZE) of ones; ``dense``: (rows, dense); ``vectors``: (rows, dimensions), perhaps of
+    none; ``prompt``: (rows,) index of the prompt; ``fold``: (rows,) fold of the prompt. Rows of one prompt are
+    averaged, and count a little more than one row.
     """
 
     def __init__(
-        self, words: Any, dense: NDArray[np.float32], prompt: NDArray[np.int64], fold: NDArray[np.int64]
+        self, words: Any, dense: Vector, vectors: Vector, prompt: NDArray[np.int64], fold: NDArray[np.int64]
     ) -> None:
         _, first = np.unique(prompt, return_index=True)
         self._prompt, self._fold = prompt, fold[first]
         seen = np.asarray((words[first] > 0).sum(axis=0)).ravel()
-        self.rarity: NDArray[np.float32] = np.log((len(first) + 1) / (seen + 1)).astype(np.float32)
+        self.rarity: Vector = np.log((len(first) + 1) / (seen + 1)).astype(np.float32)
         weighted = words[first].multiply(self.rarity).tocsr()
         norms = np.sqrt(np.asarray(weighted.multiply(weighted).sum(axis=1)).ravel())
-        self.mean: NDArray[np.float32] = dense[first].mean(axis=0)
+        self.mean: Vector = dense[first].mean(axis=0)
         self._scale = _DENSE_SHARE / np.maximum(dense[first].std(axis=0), 0.02)
         standard = np.clip(dense[first] - self.mean, -CLIP, CLIP) * self._scale
         bag = sparse.diags(1.0 / np.maximum(norms, 1e-6)) @ weighted
-        self._columns = sparse.hstack([bag, sparse.csr_matrix(standard)]).tocsr()
+        self.vector_mean: Vector = vectors[first].mean(axis=0)
+        embedded = _VECTOR_SHARE * (vectors[first] - self.vector_mean)
+        self._columns = sparse.hstack([bag, sparse.csr_matrix(standard), sparse.csr_matrix(embedded)]).tocsr()
+        self._parts = bag.shape[1], bag.shape[1] + standard.shape[1]
         self._ridge = RIDGES[0]
 
     def out_of_fold(self, target: Floats) -> Floats:
@@ -46,12 +60,12 @@ class WordsRidge:
         out: Floats = scored[self._ridge][self._prompt]
         return out
 
-    def fit(self, target: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
-        """(w, v, intercept) on all rows, with the ridge that `out_of_fold` picked."""
+    def fit(self, target: Floats) -> Linear:
+        """The weights on all rows, with the ridge that `out_of_fold` picked."""
         mean, weight = self._averaged(target)
         solution, intercept = self._solve(np.ones(len(mean), dtype=bool), mean, weight, self._ridge)
-        dense = len(self.mean)
-        return solution[:-dense].astype(np.float32), (solution[-dense:] * self._scale).astype(np.float32), intercept
+        words, dense, vector = np.split(solution.astype(np.float32), self._parts)
+        return Linear(words, (dense * self._scale).astype(np.float32), vector * np.float32(_VECTOR_SHARE), intercept)
 
     def _averaged(self, target: Floats) -> tuple[Floats, Floats]:
         rows = np.bincount(self._prompt)

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from block.core import Request
 from block.length.distribution import DistributionBank, Floats
-from block.length.features import features_of
 from block.length.grid import TOKENS_MAX
-from block.length.model import LengthModel
+from block.length.model import Placer
 from block.length.records import Record, prompt_key
 from block.length.simple import HistoryEstimator
 from block.length.train import fit, fold_of
@@ -70,14 +69,14 @@ def _pinball(q: float, true: Floats, told: Floats) -> float:
     return float(np.maximum(q * over, (q - 1.0) * over).mean())
 
 
-def tell_learned(model: LengthModel) -> Teller:
+def tell_learned(model: Placer) -> Teller:
     """Quantiles of a trained model, before any online correction."""
     bank = DistributionBank()
-    first = bank.extend(model.survivals())
+    first = bank.extend(model.family.survivals())
 
     def tell(records: Sequence[Record]) -> Told:
-        places = [model.place(features_of(r.text, r.max_tokens), r.model) for r in records]
-        rows = np.array([first + model.row(at.location, at.scale) for at in places], dtype=np.int32)
+        places = [model.place(r.text, r.max_tokens, r.model) for r in records]
+        rows = np.array([first + model.family.row(at.location, at.scale) for at in places], dtype=np.int32)
         return _asked(bank, rows, records)
 
     return tell
@@ -121,9 +120,7 @@ def tell_history(train: Sequence[Record]) -> Teller:
     for i in order:
         record = train[int(i)]
         history.observe(_request(record), record.output_tokens)
-    return lambda records: np.array(
-        [[history.estimate(_request(r)).quantile(q) for q in QUANTILES] for r in records]
-    )
+    return lambda records: np.array([[history.estimate(_request(r)).quantile(q) for q in QUANTILES] for r in records])
 
 
 TELLERS: dict[str, Callable[[Sequence[Record]], Teller]] = {

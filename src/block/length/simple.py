@@ -16,44 +16,58 @@ PENDING_MAX = 65_536
 """Estimates remembered until their request finishes; the oldest are forgotten first."""
 
 
+MODELS_SCORED_MAX = 64
+"""Served models whose accuracy is kept apart; the one silent longest is forgotten first."""
+
+
 class Estimator:
     """What all estimators share: the bank, fixed lengths, the score of what finished. Subclasses say which row.
 
     ``bank`` answers for whole snapshots; ``sources`` counts the estimates by where they came from; ``accuracy``
-    scores the finished ones. ``estimate`` raises nothing whatever the request holds.
+    scores the finished ones, ``accuracy_of`` those of each served model. ``estimate`` raises nothing whatever the request holds.
     """
 
     def __init__(self, bank: DistributionBank | None = None) -> None:
         self.bank = bank or DistributionBank()
         self.accuracy = Accuracy()
+        self.accuracy_of: OrderedDict[str, Accuracy] = OrderedDict()
         self.sources: Counter[str] = Counter()
         self._pending: OrderedDict[str, Estimate] = OrderedDict()
 
     def estimate(self, request: Request) -> Estimate:
         """The distribution of the request's output tokens, cut at its ``max_tokens``."""
         if request.exact_output and request.max_tokens is not None:
-            estimate = Estimate(self.bank, EXACT, request.max_tokens, "fixed")
-        else:
-            estimate = self._row_for(request).capped(request.max_tokens)
+            return Estimate(self.bank, EXACT, request.max_tokens, "fixed")
+        estimate = self._row_for(request).capped(request.max_tokens)
+        if request.id:  # without one it is a question about a request that somebody else sent
+            self.sources[estimate.source] += 1
             self._remember(request.id, estimate)
-        self.sources[estimate.source] += 1
         return estimate
 
     def observe(self, request: Request, output_tokens: int) -> None:
         """Learn from a finished request: one that the client cut short says nothing and must not come here."""
-        if request.exact_output:
+        if request.exact_output or output_tokens < 1:
             return
         estimate = self._pending.pop(request.id, None)
         if estimate is not None:
-            expected, low, high = estimate.expected_total(0), estimate.quantile(0.1), estimate.quantile(0.9)
-            self.accuracy.record(expected, low, high, output_tokens)
-        self._learn(request, output_tokens)
+            told = estimate.expected_total(0), estimate.quantile(0.1), estimate.quantile(0.9)
+            self.accuracy.record(*told, output_tokens)
+            self._accuracy_of(request.model).record(*told, output_tokens)
+        self._learn(request, output_tokens, estimate)
 
     def _row_for(self, request: Request) -> Estimate:
         raise NotImplementedError
 
-    def _learn(self, request: Request, output_tokens: int) -> None:
+    def _learn(self, request: Request, output_tokens: int, estimate: Estimate | None) -> None:
         pass
+
+    def _accuracy_of(self, model: str) -> Accuracy:
+        if model not in self.accuracy_of:
+            self.accuracy_of[model] = Accuracy()
+            if len(self.accuracy_of) > MODELS_SCORED_MAX:
+                self.accuracy_of.popitem(last=False)
+        self.accuracy_of.move_to_end(model)
+        return self.accuracy_of[model]
 
     def _remember(self, request_id: str, estimate: Estimate) -> None:
         self._pending[request_id] = estimate
@@ -98,10 +112,17 @@ class History:
         self.row = bank.add(shapes.prior())
         self.observed = 0
 
-    def observe(self, output_tokens: int) -> None:
-        """Add a finished request's length."""
+    def observe(self, output_tokens: int, *, truncated: bool = False) -> None:
+        """Add a finished request's length; of one cut at its ``max_tokens`` only "longer than" is known, so that it
+        counts as what is expected of those that are longer."""
         self._counts *= self._keep
-        self._counts[BUCKET[min(max(output_tokens, 1), TOKENS_MAX) - 1]] += 1.0
+        bucket = BUCKET[min(max(output_tokens, 1), TOKENS_MAX) - 1]
+        if truncated:
+            longer = -np.diff(self._bank.survival(self.row))
+            longer[: bucket + 1] = 0.0
+            self._counts += longer / max(longer.sum(), 1e-300)
+        else:
+            self._counts[bucket] += 1.0
         self.observed += 1
         self._since += 1.0
         if self._since >= self._RENEWED * min(self.observed, 1.0 / (1.0 - self._keep)):
@@ -134,8 +155,9 @@ class HistoryEstimator(Estimator):
             return self._prior
         return Estimate(self.bank, history.row, TOKENS_MAX, "history")
 
-    def _learn(self, request: Request, output_tokens: int) -> None:
-        self._of(request.model).observe(output_tokens)
+    def _learn(self, request: Request, output_tokens: int, estimate: Estimate | None) -> None:
+        cut = request.max_tokens is not None and output_tokens >= request.max_tokens
+        self._of(request.model).observe(output_tokens, truncated=cut)
 
     def _of(self, model: str) -> History:
         history = self._histories.get(model)
@@ -191,8 +213,8 @@ class OracleEstimator(Estimator):
         place = min(round(log_tokens / self._step), len(self.bank) - self._first - 1)
         return Estimate(self.bank, self._first + place, TOKENS_MAX, "oracle")
 
-    def _learn(self, request: Request, output_tokens: int) -> None:
-        self._history._learn(request, output_tokens)
+    def _learn(self, request: Request, output_tokens: int, estimate: Estimate | None) -> None:
+        self._history._learn(request, output_tokens, estimate)
 
 
 def _spread(counts: Floats) -> Floats:

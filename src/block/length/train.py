@@ -6,8 +6,7 @@ Order of work, every step seeing only out-of-fold scores of the one before (fold
 2. linear part (`ridge`) of what is left;
 3. trees for the location (absolute error) on the dense features, that score and the model's level;
 4. how much of each to mix, and each served model's slope, shrunk towards 1;
-5. trees for the spread, then the shapes of the standardised residuals by spread, with answers that were cut at
-   ``max_tokens`` counted as "longer than" (Kaplan and Meier's estimator).
+5. trees for the spread, then the shapes of the standardised residuals by spread (`family`).
 """
 
 import zlib
@@ -20,8 +19,9 @@ from numpy.typing import NDArray
 
 from block.errors import BadInputError, ConfigError
 from block.length.distribution import Floats
+from block.length.family import fit_family
 from block.length.features import HASH_SIZE, Features, features_of
-from block.length.model import LengthModel, ServedModel
+from block.length.model import LengthModel, ServedModel, TextEncoder, Vector
 from block.length.records import Record, prompt_key
 from block.length.ridge import WordsRidge
 from block.length.trees import DEPTH_MAX, Trees, from_lightgbm
@@ -31,14 +31,13 @@ RECORDS_MIN = 50
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SLOPES = np.linspace(0.0, 1.3, 27)
 _SHRINK = 30.0
-_SCALES = 14
-_KNOTS = 61
 
 
 class Table(msgspec.Struct, frozen=True):
-    """Records as arrays. ``words``: sparse (n, HASH_SIZE) of ones; ``prompt``: index of the normalised prompt."""
+    """Records as arrays. ``vectors``: (n, dimensions), of none without an encoder; ``words``: sparse (n, HASH_SIZE) of ones; ``prompt``: index of the normalised prompt."""
 
-    dense: NDArray[np.float32]
+    dense: Vector
+    vectors: Vector
     words: Any
     log_tokens: Floats
     truncated: NDArray[np.bool_]
@@ -53,8 +52,8 @@ def fold_of(text: str, folds: int = FOLDS, salt: str = "") -> int:
     return zlib.crc32((salt + prompt_key(text)).encode()) % folds
 
 
-def tabulate(records: Sequence[Record]) -> Table:
-    """Features of all records (each distinct prompt once)."""
+def tabulate(records: Sequence[Record], encoder: TextEncoder | None = None) -> Table:
+    """Features of all records (those of a distinct prompt once)."""
     from scipy import sparse
 
     seen: dict[tuple[str, int | None], Features] = {}
@@ -69,6 +68,7 @@ def tabulate(records: Sequence[Record]) -> Table:
     ones = np.ones(starts[-1], dtype=np.float32)
     return Table(
         dense=np.array([row.dense for row in rows]),
+        vectors=_vectors(records, encoder),
         words=sparse.csr_matrix((ones, np.concatenate([row.words for row in rows]), starts), (len(rows), HASH_SIZE)),
         log_tokens=np.log([max(r.output_tokens, 1) for r in records]),
         truncated=np.array([r.truncated for r in records]),
@@ -79,8 +79,10 @@ def tabulate(records: Sequence[Record]) -> Table:
     )
 
 
-def fit(records: Sequence[Record], *, rounds: int = 250, threads: int = 1) -> LengthModel:
-    """A model of these records.
+def fit(
+    records: Sequence[Record], *, encoder: TextEncoder | None = None, rounds: int = 250, threads: int = 1
+) -> LengthModel:
+    """A model of these records; with an ``encoder`` the linear part sees sentence embeddings too.
 
     Raises:
         BadInputError: fewer than ``RECORDS_MIN`` records, or too few different prompts.
@@ -88,13 +90,13 @@ def fit(records: Sequence[Record], *, rounds: int = 250, threads: int = 1) -> Le
     """
     if len(records) < RECORDS_MIN:
         raise BadInputError(f"{len(records)} records are too few to train on: at least {RECORDS_MIN} are needed.")
-    table = tabulate(records)
+    table = tabulate(records, encoder)
     if len(np.unique(table.fold)) < FOLDS:
         raise BadInputError("The records are of too few different prompts to train on.")
     offset, spread = _levels(table)
     target = table.log_tokens - offset[table.model]
 
-    ridge = WordsRidge(table.words, table.dense, table.prompt, table.fold)
+    ridge = WordsRidge(table.words, table.dense, table.vectors, table.prompt, table.fold)
     score = ridge.out_of_fold(target)
     columns = np.column_stack([table.dense, score, offset[table.model], spread[table.model]]).astype(np.float32)
     location = _Boost(rounds, threads, _leaf_rows(table), "l1")
@@ -110,19 +112,28 @@ def fit(records: Sequence[Record], *, rounds: int = 250, threads: int = 1) -> Le
     width_boost = _Boost(max(rounds // 4, 20), threads, 2 * _leaf_rows(table), "l2")
     told = np.exp(width_boost.out_of_fold(columns_effect, log_spread, table.fold))
     width = _widths(table, residual, told)
-    scales, residuals, above = shapes_of(residual, told * width[table.model], table.truncated)
+    family = fit_family(residual, told * width[table.model], table.truncated)
 
-    linear, dense_weight, intercept = ridge.fit(target)
+    linear = ridge.fit(target)
     served = {
         name: ServedModel(name, int((table.model == m).sum()), *(float(part[m]) for part in (offset, spread, slope, width)))
         for m, name in enumerate(table.models)
     }  # fmt: skip
     return LengthModel(
-        linear=linear, rarity=ridge.rarity, intercept=intercept, dense_mean=ridge.mean, dense_weight=dense_weight,
+        linear=linear.words, rarity=ridge.rarity, intercept=linear.intercept, dense_mean=ridge.mean,
+        dense_weight=linear.dense, vector_mean=ridge.vector_mean, vector_weight=linear.vector, encoder=encoder,
         location_trees=location.fit(columns, target), scale_trees=width_boost.fit(columns_effect, log_spread),
-        mix=mix, scales=scales, residuals=residuals, above=above, served=served, unknown=_typical(served),
+        mix=mix, family=family, served=served, unknown=_typical(served),
         about={"records": len(records), "prompts": int(table.prompt.max()) + 1},
     )  # fmt: skip
+
+
+def _vectors(records: Sequence[Record], encoder: TextEncoder | None) -> Vector:
+    if encoder is None:
+        return np.zeros((len(records), 0), dtype=np.float32)
+    texts = sorted({r.text for r in records})
+    row_of = dict(zip(texts, encoder.encode(texts), strict=True))
+    return np.array([row_of[r.text] for r in records])
 
 
 class _Boost:
@@ -199,36 +210,6 @@ def _widths(table: Table, residual: Floats, told: Floats) -> Floats:
         count = int(own.sum())
         width[m] = (count * float(np.median(np.abs(residual[own]) / told[own])) + _SHRINK * shared) / (count + _SHRINK)
     return np.maximum(width, 1e-3)
-
-
-def shapes_of(residual: Floats, scale: Floats, truncated: NDArray[np.bool_]) -> tuple[Floats, Floats, Floats]:
-    """Quantiles of residual / scale at several scales, truncated ones counted as "longer than".
-
-    Each shape weighs the residuals by how near their scale is. Returns scales (s,), residuals (s, knots) and above
-    (knots,), the share of residuals above each knot.
-    """
-    scales = np.unique(np.geomspace(*np.quantile(scale, [0.005, 0.995]) * np.array([0.9, 1.1]), _SCALES))
-    z = residual / scale
-    order = np.argsort(z)
-    above = np.linspace(1.0, 0.0, _KNOTS)
-    band = max(float(np.log(scale).std()) * 0.5, 0.1)
-    rows = []
-    for at in scales:
-        weight = np.exp(-0.5 * ((np.log(scale) - np.log(at)) / band) ** 2) + 1e-3
-        weight /= weight.sum()
-        survival = _kaplan_meier(weight[order], truncated[order])
-        rows.append(np.interp(-above, -survival, z[order]))
-    return scales, np.array(rows), above
-
-
-def _kaplan_meier(weight: Floats, truncated: NDArray[np.bool_]) -> Floats:
-    """P(Z > z) at sorted, weighted observations, mid-point rule; the truncated only leave the risk set."""
-    at_risk = np.cumsum(weight[::-1])[::-1]
-    hazard = np.where(truncated, 0.0, weight / at_risk)
-    after = np.cumprod(1.0 - np.minimum(hazard, 1.0 - 1e-12))
-    before = np.concatenate([[1.0], after[:-1]])
-    middle: Floats = 0.5 * (before + after)
-    return middle
 
 
 def _typical(served: dict[str, ServedModel]) -> ServedModel:

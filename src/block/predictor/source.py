@@ -76,10 +76,17 @@ def _has_requests(frame: bytes) -> bool:
     return len(frame) >= HEADER.itemsize and any(_COUNTS.unpack_from(frame, _COUNTS_AT))
 
 
+def _metrics(where: str, min_interval_s: float) -> StateSource:
+    from block.predictor.sources.metrics import MetricsSource
+
+    return MetricsSource(where, min_interval_s)
+
+
 SOURCES: Final[Mapping[str, Callable[[str, float], StateSource]]] = {
     "emulate": SharedMemorySource,
     "vllm": SharedMemorySource,
     "shm": SharedMemorySource,
+    "metrics": _metrics,
 }
 """Makers by the word before the colon; each takes what stands after it and the shortest interval in seconds."""
 
@@ -94,7 +101,7 @@ def open_source(text: str, min_interval_s: float = 0.005) -> StateSource:
     """
     kind, colon, where = text.partition(":")
     if kind not in SOURCES:
-        raise UnknownNameError("source", kind, [f"{name}:NAME" for name in SOURCES])
+        raise UnknownNameError("source", kind, [f"{name}:{'URL' if name == 'metrics' else 'NAME'}" for name in SOURCES])
     if not colon or not where:
         raise ConfigError(f"Say which engine: --source {kind}:NAME.")
     return SOURCES[kind](where, min_interval_s)

@@ -1,7 +1,8 @@
 """Fit a step-time profile to measured step logs.
 
 Four stages: the work of decode-only steps, which nothing hides; the CPU's launch times, and from both when each step ended on
-the accelerator (``pace``); the work of all steps together (``work``); a few factors that make whole windows right (``refine``).
+the accelerator (``pace``); the work of all steps together (``work``); one factor that makes whole windows right (``refine``).
+Requests, where given, add the delays between the engine and its caller (``delays``).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ import msgspec
 
 from block.engine.limits import EngineLimits
 from block.errors import BadInputError
+from block.steptime.delays import Calls, fit_delays
 from block.steptime.pace import LaunchFit, first_launch, fit_launch, observe, steady, work_samples
 from block.steptime.profile import StepTimeProfile
 from block.steptime.refine import refine
@@ -34,8 +36,12 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     prior: Arithmetic | None = None
 
 
-def fit_profile(logs: Logs, subject: Subject, progress: Callable[[str], None] = lambda stage: None) -> StepTimeProfile:
+def fit_profile(
+    logs: Logs, subject: Subject, progress: Callable[[str], None] = lambda stage: None, calls: Sequence[tuple[StepLog, Calls]] = ()
+) -> StepTimeProfile:
     """Fit logs of one (GPU, model, tensor parallelism), of asynchronous scheduling; errors by regime are in the profile.
+
+    ``calls``: the requests that belong to some of the logs.
 
     Raises:
         BadInputError: the logs hold too few decode-only steps, or too few steps with prefill.
@@ -64,7 +70,14 @@ def fit_profile(logs: Logs, subject: Subject, progress: Callable[[str], None] = 
     progress("windows")
     most = max(int(log.decode_requests.max()) for log, _ in logs)
     profile = refine(logs, _profile(work, launch, most, subject), lambda: progress("windows"))
-    return msgspec.structs.replace(profile, errors=errors_by_regime(logs, profile))
+    delays = fit_delays(calls)
+    return msgspec.structs.replace(
+        profile,
+        input_s=delays.input_s,
+        output_s=delays.output_s,
+        output_request_s=delays.output_request_s,
+        errors=errors_by_regime(logs, profile),
+    )
 
 
 def _profile(work: WorkFit, launch: LaunchFit, most: int, subject: Subject) -> StepTimeProfile:

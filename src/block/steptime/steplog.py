@@ -158,6 +158,16 @@ def rows_as_floats(rows: list[dict[str, Any]], column: str) -> Floats:
     return np.array([float(row[column] or 0) for row in rows])
 
 
+def read_stage_steps(run: Run, stage: str) -> StepLog:
+    """The steps of one stage of a run, without those that belong to the next one.
+
+    Raises:
+        BadInputError: the stage has no step log, or a malformed one.
+    """
+    log = read_steps(run.path / f"{stage}{STEPS_SUFFIX}")
+    return cut(log, run.durations_s[stage]) if stage in run.durations_s else log
+
+
 def cut(log: StepLog, until_s: float) -> StepLog:
     """The steps scheduled before ``until_s`` (a stage's log may run on into the next stage)."""
     keep = log.scheduled_s < until_s

@@ -15,6 +15,7 @@ from typing import Any, Final
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
 
+from block.engine.limits import EngineLimits
 from block.errors import ConfigError
 from block.integrations.vllm.scheduler_view import shape_of
 from block.steptime.curve import StepCurve
@@ -37,7 +38,12 @@ class EmulatedGpuWorker(WorkerBase):  # type: ignore[misc]
         name = os.environ.get(VARIABLE)
         if not name:
             raise ConfigError(f"Set {VARIABLE} to the step-time profile to emulate, e.g. h200-llama3.1-8b.")
-        self._clock = AcceleratorClock(load_profile(name).curve())
+        limits = EngineLimits(
+            max_num_seqs=self.scheduler_config.max_num_seqs,
+            max_num_batched_tokens=max(self.scheduler_config.max_num_batched_tokens, self.scheduler_config.max_num_seqs),
+            enable_prefix_caching=bool(self.cache_config.enable_prefix_caching),
+        )
+        self._clock = AcceleratorClock(load_profile(name).curve(limits=limits))
         self._batches = Batches()
         self._scheduled: Any = None
         self._vocabulary = self.model_config.get_vocab_size()

@@ -1,0 +1,181 @@
+"""Which instance? Gathers the evidence that the policy's rank needs and lets `block.policy.choose.decide` compare.
+
+Nothing here compares candidates: a candidate whose evidence is missing goes in without it, and the policy's rules of
+combination say what then happens to all of them.
+"""
+
+import time
+from collections.abc import Sequence
+from random import Random
+from time import monotonic
+from typing import Any, Final
+
+from block.core import Candidate, Decision, InstanceId, Load, Prediction, Request
+from block.errors import BlockError
+from block.gateway.config import GatewayConfig
+from block.gateway.evidence import Evidence
+from block.gateway.exchange import Exchange
+from block.gateway.expectations import Expectations
+from block.gateway.lengths import HeaderLengths
+from block.gateway.metrics import Metrics
+from block.gateway.pool import Instance, Pool
+from block.gateway.remote import RemotePredictors
+from block.policy.choose import decide
+from block.policy.rank import Evidence as Needs
+from block.policy.table import Policy, make_policy
+from block.predict.whatif import Mirror, Oracle
+
+DEFAULT_MAX_TOKENS: Final = 4096
+MODEL_ERRORS: Final = (BlockError, ValueError, ArithmeticError, LookupError, TypeError, MemoryError)
+"""What the engine model may raise on a snapshot that no engine can be in."""
+
+
+class Decider:
+    """Owns the evidence of all instances and the expectations of all requests in flight."""
+
+    def __init__(
+        self, config: GatewayConfig, pool: Pool, policy: Policy, estimator: Any, metrics: Metrics, rng: Random
+    ) -> None:
+        self.policy, self.estimator = policy, estimator
+        self.remote: RemotePredictors | None = None
+        self.expectations = Expectations(estimator)
+        self.evidence: dict[InstanceId, Evidence] = {}
+        self._config, self._pool, self._metrics, self._rng = config, pool, metrics, rng
+        self._fewest = make_policy("least-outstanding")
+        self._oracle = Oracle()
+        self._bare: dict[InstanceId, Candidate] = {}
+
+    def policy_for(self, exchange: Exchange) -> Policy:
+        """What generates nothing (embeddings, tokenize) needs no prediction."""
+        return self.policy if exchange.generating else self._fewest
+
+    def asks_remotely(self, policy: Policy) -> bool:
+        """Whether ``decide_remotely`` is to be used."""
+        return self.remote is not None and policy.rank.needs is Needs.PREDICTION
+
+    def decide(self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId]) -> Decision:
+        """Choose among ``ids`` (at least one)."""
+        started_s = time.perf_counter()
+        candidates = self.candidates(exchange, policy, policy.shortlist.choose(ids, self._rng))
+        return self._decided(decide(policy, exchange.request, candidates, self._rng), started_s)
+
+    async def decide_remotely(self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId]) -> Decision | None:
+        """The same, with the predictions of the predictors themselves; ``None``: nobody is left after waiting."""
+        assert self.remote is not None
+        started_s = time.perf_counter()
+        self._estimate(exchange)
+        shortlist = policy.shortlist.choose(ids, self._rng)
+        predictions = await self.remote.ask(shortlist, exchange.request, exchange.expected_total)
+        now_s = time.time()
+        candidates: list[Candidate] = []
+        for instance_id, prediction in zip(shortlist, predictions, strict=True):
+            if instance_id in self._pool.instances:
+                candidates.append(Candidate(instance_id, self._load(instance_id, now_s), prediction))
+                if prediction is None:
+                    self._metrics.evidence_missing.labels(instance_id).inc()
+        if not candidates:
+            return None
+        return self._decided(decide(policy, exchange.request, candidates, self._rng), started_s)
+
+    def _decided(self, decision: Decision, started_s: float) -> Decision:
+        self._metrics.decision_time.observe(time.perf_counter() - started_s)
+        if decision.fallback is not None:
+            self._metrics.fallbacks.labels(decision.fallback).inc()
+        return decision
+
+    # Evidence
+
+    def candidates(self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId]) -> list[Candidate]:
+        """The shortlist with what the policy's rank needs to know of it."""
+        needs = policy.rank.needs
+        if needs is Needs.NOTHING:
+            return [self._bare.get(i) or self._bare.setdefault(i, Candidate(i)) for i in ids]
+        self._estimate(exchange)
+        now_s = time.time()
+        predictions = self._predict(exchange, ids, now_s, harm=policy.rank.harm) if needs is Needs.PREDICTION else None
+        if predictions is None:  # counters for all: a prediction is never compared with a counter
+            return [Candidate(i, self._load(i, now_s)) for i in ids]
+        return [Candidate(i, None, prediction) for i, prediction in zip(ids, predictions, strict=True)]
+
+    def _estimate(self, exchange: Exchange) -> None:
+        if isinstance(self.estimator, HeaderLengths):
+            self.estimator.listen(exchange.request, exchange.http)
+        exchange.estimate = estimate = self.estimator.estimate(exchange.request)
+        exchange.expected_total = max(1, round(estimate.expected_total(0)))
+
+    def _load(self, instance_id: InstanceId, now_s: float) -> Load:
+        instance = self._pool.instances[instance_id]
+        recent = instance.sent.advance(monotonic())
+        return self.evidence[instance_id].load(instance.in_flight, recent, instance.in_flight_tokens, now_s)
+
+    def _predict(
+        self, exchange: Exchange, ids: Sequence[InstanceId], now_s: float, *, harm: bool
+    ) -> list[Prediction] | None:
+        """A what-if on every candidate in one call; ``None`` where one of them has no usable evidence."""
+        started_s = time.perf_counter()
+        mirrors = [mirror for i in ids if (mirror := self._mirror(i, now_s)) is not None]
+        if len(mirrors) < len(ids):
+            return None
+        predictions = self._ask(exchange, ids, mirrors, now_s, harm=harm)
+        self._metrics.predict_time.observe(time.perf_counter() - started_s)
+        return predictions
+
+    def _mirror(self, instance_id: InstanceId, now_s: float) -> Mirror | None:
+        evidence = self.evidence[instance_id]
+        try:
+            mirror = evidence.mirror(now_s)
+        except MODEL_ERRORS as error:
+            evidence.spoiled(f"the engine model cannot work with its snapshot: {error!r}")
+            mirror = None
+        if mirror is None:
+            self._metrics.evidence_missing.labels(instance_id).inc()
+        return mirror
+
+    def _ask(
+        self, exchange: Exchange, ids: Sequence[InstanceId], mirrors: list[Mirror], now_s: float, *, harm: bool
+    ) -> list[Prediction] | None:
+        request = exchange.request
+        question: dict[str, Any] = {
+            "prompt_tokens": request.prompt_tokens, "max_tokens": self.max_tokens(request, ids[0]),
+            "output_tokens": exchange.expected_total, "now_s": now_s, "horizon_s": self._config.horizon_s, "harm": harm,
+        }  # fmt: skip
+        try:
+            return self._oracle.predict_all(mirrors, **question)
+        except MODEL_ERRORS:
+            for instance_id, mirror in zip(ids, mirrors, strict=True):  # whose fault was it?
+                try:
+                    self._oracle.predict_all([mirror], **question)
+                except MODEL_ERRORS as error:
+                    self.evidence[instance_id].spoiled(f"the engine model cannot work with its snapshot: {error!r}")
+            return None
+
+    def max_tokens(self, request: Request, instance_id: InstanceId) -> int:
+        """The most that a request can generate there: its own limit, or what its prompt leaves of the context."""
+        if request.max_tokens is not None:
+            return request.max_tokens
+        snapshot = self.evidence[instance_id].snapshot
+        return DEFAULT_MAX_TOKENS if snapshot is None else max(1, snapshot.limits.max_model_len - request.prompt_tokens)
+
+    # The ledger
+
+    def sent(self, exchange: Exchange, instance: Instance) -> None:
+        """A request goes to an instance: it counts there until a snapshot shows it (if the policy estimated it)."""
+        if exchange.expected_total and instance.config.predictor is not None:
+            request = exchange.request
+            limit = self.max_tokens(request, instance.id)
+            exchange.key = self.evidence[instance.id].sent(request, limit, exchange.expected_total, time.time())
+            self.expectations.expect(exchange.key, exchange.estimate)
+
+    def over(self, exchange: Exchange, instance: Instance) -> None:
+        """It is over there, whatever its end."""
+        if exchange.key:
+            evidence = self.evidence.get(instance.id)
+            if evidence is not None:
+                evidence.ended(exchange.key)
+            self.expectations.forget(exchange.key)
+            exchange.key = 0
+
+    def forget(self, instance_id: InstanceId) -> None:
+        """An instance left."""
+        self.evidence.pop(instance_id, None)
+        self._bare.pop(instance_id, None)

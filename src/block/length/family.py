@@ -1,0 +1,67 @@
+"""A family of distributions by location and scale: where log-lengths lie, how widely, and in what shape.
+
+Length = exp(location + scale * z), z from the shape that belongs to the scale. The shapes are residuals of requests
+whose prompts the location had not been fitted to, so the quantiles are calibrated by construction (as in split
+conformal prediction).
+"""
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from block.length import shapes
+from block.length.distribution import Floats
+from block.length.grid import TOKENS_MAX
+
+LOCATION_STEP = 0.05
+LOCATIONS: Floats = np.arange(0.0, np.log(TOKENS_MAX), LOCATION_STEP)
+_SCALES = 14
+_KNOTS = 61
+
+
+class Family(msgspec.Struct, frozen=True):
+    """``scales``: (s,) rising; ``residuals``: (s, knots) rising, in units of the scale; ``above``: (knots,) the share
+    of lengths above each knot."""
+
+    scales: Floats
+    residuals: Floats
+    above: Floats
+
+    def survivals(self) -> Floats:
+        """Rows for a bank, (scales * locations, edges): scale by scale, the locations as ``LOCATIONS``."""
+        pairs = zip(self.residuals, self.scales, strict=True)
+        return np.concatenate([shapes.around(knots * scale, self.above, LOCATIONS) for knots, scale in pairs])
+
+    def row(self, location: float, scale: float) -> int:
+        """The row of `survivals` nearest to a location and a scale."""
+        nearest = int(np.searchsorted(np.sqrt(self.scales[1:] * self.scales[:-1]), scale))
+        place = min(max(round(location / LOCATION_STEP), 0), len(LOCATIONS) - 1)
+        return nearest * len(LOCATIONS) + place
+
+
+def fit_family(residual: Floats, scale: Floats, truncated: NDArray[np.bool_]) -> Family:
+    """The family of residuals of log-lengths, (n,), told with these scales, (n,); each shape weighs them by how near
+    their scale is. A truncated one counts as "longer than" (Kaplan and Meier's estimator)."""
+    low, high = np.quantile(scale, [0.005, 0.995])
+    scales = np.geomspace(0.8 * low, 1.25 * high, _SCALES)
+    z = residual / scale
+    order = np.argsort(z)
+    above = np.linspace(1.0, 0.0, _KNOTS)
+    band = max(float(np.log(scale).std()) * 0.5, 0.1)
+    rows = []
+    for at in scales:
+        weight = np.exp(-0.5 * ((np.log(scale) - np.log(at)) / band) ** 2) + 1e-3
+        weight /= weight.sum()
+        survival = _kaplan_meier(weight[order], truncated[order])
+        rows.append(np.interp(-above, -survival, z[order]))
+    return Family(scales, np.array(rows), above)
+
+
+def _kaplan_meier(weight: Floats, truncated: NDArray[np.bool_]) -> Floats:
+    """P(Z > z) at sorted, weighted observations, mid-point rule; the truncated only leave the risk set."""
+    at_risk = np.cumsum(weight[::-1])[::-1]
+    hazard = np.where(truncated, 0.0, weight / at_risk)
+    after = np.cumprod(1.0 - np.minimum(hazard, 1.0 - 1e-12))
+    before = np.concatenate([[1.0], after[:-1]])
+    middle: Floats = 0.5 * (before + after)
+    return middle
