@@ -2,8 +2,9 @@
 
     python bench/plugin.py [--json]
 
-A step publishes twice (after schedule() and after update_from_output()). "steady": the same requests decode on; "churn": one request ends and
-one is admitted every step, which makes the plugin rebuild what it keeps per request. The live cost is measured by ``make test-vllm``.
+A step publishes twice (after schedule() and after update_from_output()). "steady": the same requests decode on;
+"churn": one request ends and one is admitted every step, which makes the plugin rebuild what it keeps per request. The
+live cost is measured by ``make test-vllm``.
 """
 
 import argparse
@@ -62,7 +63,9 @@ def publish_cost_us(running: int, waiting: int, *, churn: bool) -> tuple[float, 
                 scheduler.running.append(FakeRequest(fresh))
             for request in scheduler.running:
                 request.num_computed_tokens += 1
-            output = SimpleNamespace(num_scheduled_tokens={r.request_id: 1 for r in scheduler.running}, total_num_scheduled_tokens=running)
+            output = SimpleNamespace(
+                num_scheduled_tokens={r.request_id: 1 for r in scheduler.running}, total_num_scheduled_tokens=running
+            )
             outputs.append(output)
             spent += _timed(lambda output=output: publisher.scheduled(scheduler, output, 1.0))
             if len(outputs) == 2:
@@ -83,18 +86,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     results = []
     for running, waiting in ((1, 0), (32, 0), (100, 0), (250, 0), (250, 100), (250, 1000)):
         for churn in (False, True):
             median_us, p99_us = publish_cost_us(running, waiting, churn=churn)
-            results.append({"running": running, "waiting": waiting, "churn": churn, "median_us": round(median_us, 1), "p99_us": round(p99_us, 1)})
+            results.append(
+                {
+                    "running": running,
+                    "waiting": waiting,
+                    "churn": churn,
+                    "median_us": round(median_us, 1),
+                    "p99_us": round(p99_us, 1),
+                }
+            )
     if args.json:
-        print(json.dumps({"commit": commit, "host": platform.node(), "python": platform.python_version(), "results": results}))
+        print(
+            json.dumps(
+                {"commit": commit, "host": platform.node(), "python": platform.python_version(), "results": results}
+            )
+        )
         return
     print(f"commit {commit}, {platform.node()}, Python {platform.python_version()}, {STEPS} steps each, no randomness")
     for r in results:
-        print(f"{r['running']:4d} running {r['waiting']:5d} waiting {'churn ' if r['churn'] else 'steady'} {r['median_us']:7.1f} us median {r['p99_us']:7.1f} us P99")
+        kind = "churn " if r["churn"] else "steady"
+        cost = f"{r['median_us']:7.1f} us median {r['p99_us']:7.1f} us P99"
+        print(f"{r['running']:4d} running {r['waiting']:5d} waiting {kind} {cost}")
 
 
 if __name__ == "__main__":

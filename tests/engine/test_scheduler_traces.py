@@ -1,7 +1,8 @@
 """The scheduler model against recorded decisions of the real vLLM scheduler.
 
-``preempt``, ``prefix`` and ``poisson`` come from a vLLM 0.32 server on a CPU; the others from its scheduler classes, driven with random requests
-(``tests/vllm/differential.py --record``): contents shared between prompts and answers, EOS before max_tokens, aborts.
+``preempt``, ``prefix`` and ``poisson`` come from a vLLM 0.32 server on a CPU; the others from its scheduler classes,
+driven with random requests (``tests/vllm/differential.py --record``): contents shared between prompts and answers, EOS
+before max_tokens, aborts.
 """
 
 import gzip
@@ -23,8 +24,12 @@ def test_every_recorded_decision_of_vllm_is_reproduced(path: Path) -> None:
     assert verdict.mismatches == 0, verdict.first_mismatch
 
 
+def lines_of(path: Path) -> list[str]:
+    return gzip.decompress(path.read_bytes()).decode().splitlines()
+
+
 def test_the_traces_cover_every_feature_that_the_model_claims() -> None:
-    engines = [json.loads(next(gzip.open(path, "rt")))["engine"] for path in TRACES]
+    engines = [json.loads(lines_of(path)[0])["engine"] for path in TRACES]
     for feature, values in {
         "policy": {"fcfs", "priority"},
         "async_scheduling": {False, True},
@@ -38,7 +43,7 @@ def test_the_traces_cover_every_feature_that_the_model_claims() -> None:
 
 
 def test_a_wrong_decision_is_found_and_named(tmp_path: Path) -> None:
-    header, *calls = gzip.open(TRACES[0], "rt").read().splitlines()
+    header, *calls = lines_of(TRACES[0])
     changed = json.loads(calls[40])
     changed["blocks_free"] += 1
     calls[40] = json.dumps(changed)

@@ -160,7 +160,8 @@ async def test_metrics_have_the_names_that_dashboards_expect(start: Start) -> No
     await client.post(body={"stream": True})
     _, text = await client.get("/metrics")
     for name in (
-        "request_total", "request_error_total", "request_duration_seconds", "request_ttft_seconds", "request_streaming_tpot_seconds",
+        "request_total", "request_error_total", "request_duration_seconds", "request_ttft_seconds",
+        "request_streaming_tpot_seconds",
         "request_predicted_ttft_seconds", "request_ttft_prediction_duration_seconds", "request_slo_violation_total",
         "scheduler_e2e_duration_seconds", "flow_control_queue_size", "flow_control_request_queue_duration_seconds",
         "ready_endpoints", "inflight_requests", "inflight_tokens", "info", "worker_cb_state", "worker_health",

@@ -131,3 +131,13 @@ def test_the_command_serves_and_ends_on_sigterm() -> None:
             assert process.wait(10) == 0
         finally:
             process.kill()
+
+
+def test_the_documentation_names_every_setting_metric_and_flag() -> None:
+    from block.gateway.metrics import Metrics
+
+    text = (Path(__file__).parents[2] / "docs" / "gateway.md").read_text(encoding="utf-8")
+    settings = [name for name in GatewayConfig.__struct_fields__ if name != "config_file"]
+    metrics = [family.name.removeprefix("block_") for family in Metrics().registry.collect()]
+    missing = [name for name in settings + metrics if name not in text]
+    assert not missing

@@ -10,7 +10,9 @@ class FakeRequest:
         self.request_id, self.sampling_params = key, SimpleNamespace(**fields)
         self.arrival_time, self.priority = 1000.0, 0
         self.num_prompt_tokens, self.max_tokens = prompt, max_tokens
-        self.num_computed_tokens = self.num_output_placeholders = self.num_preemptions = self.num_stale_output_tokens = 0
+        self.num_computed_tokens = self.num_output_placeholders = self.num_preemptions = (
+            self.num_stale_output_tokens
+        ) = 0
         self._output_token_ids: list[int] = []
 
 

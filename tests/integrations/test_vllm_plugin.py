@@ -1,8 +1,11 @@
 """The vLLM plugin without vLLM; against the real one: ``make test-vllm``."""
 
+import ast
 import itertools
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +41,7 @@ def published(publisher: StatePublisher, name: str) -> wire.EngineSnapshot:
         ("cmpl-abc-0-0123abcd", "abc"),
         ("cmpl-abc-12-0123abcd", "abc"),
         ("cmpl-6b1f7a34-5f0e-4a55-9c39-0f7d3c1f2a10-0-deadbeef", "6b1f7a34-5f0e-4a55-9c39-0f7d3c1f2a10"),
-        ("cmpl-abc-0", "abc"),  # before 0.14
+        ("cmpl-abc-0", "abc"),  # older versions add no hex digits
         ("chatcmpl-abc-1-0123abcd", "abc-1"),
         ("chatcmpl-6b1f7a34-5f0e-4a55-9c39-0f7d3c1f2a10", "6b1f7a34-5f0e-4a55-9c39-0f7d3c1f2a10"),
         ("1_chatcmpl-abc-0123abcd", "abc"),  # n > 1
@@ -129,7 +132,9 @@ def test_a_failing_plugin_disables_itself_and_never_the_engine(name: str, caplog
     assert not snapshot_path(name).exists()
 
 
-def test_an_engine_whose_state_cannot_be_read_starts_without_the_plugin(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_engine_whose_state_cannot_be_read_starts_without_the_plugin(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     class Engine(FakeScheduler):
         def __init__(self) -> None:
             super().__init__(running=1)
@@ -172,15 +177,36 @@ def test_installing_twice_wraps_once(name: str) -> None:
         pass
 
     seen: list[Any] = []
-    install(Engine, lambda scheduler: seen.append(scheduler))
-    install(Engine, lambda scheduler: seen.append(scheduler))
+    install(Engine, seen.append)
+    install(Engine, seen.append)
     Engine().schedule()
     assert len(seen) == 1
 
 
+def test_the_plugin_needs_only_what_vllm_has_anyway() -> None:
+    program = """
+import sys
+import block.integrations.vllm
+foreign = {name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)
+print(sorted(name for name in foreign if not name.startswith("_")))
+"""
+    imported = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert set(ast.literal_eval(imported)) <= {
+        "block", "msgspec", "numpy", "typing_extensions", "sitecustomize", "usercustomize",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("version", "refused"),
-    [("0.9.2", True), ("0.10.2", False), ("0.32.0", False), ("0.33.0", False), ("1.0.0", False), ("0.34.0rc1.dev5+gabc", False), ("dev", False)],
+    [
+        ("0.9.2", True),
+        ("0.10.2", False),
+        ("0.32.0", False),
+        ("0.33.0", False),
+        ("1.0.0", False),
+        ("0.34.0rc1.dev5+gabc", False),
+        ("dev", False),
+    ],
 )
 def test_versions_without_the_hook_points_are_refused(version: str, refused: bool) -> None:
     assert (refusal_for(version) is not None) is refused

@@ -94,7 +94,9 @@ async def test_an_engine_is_polled_and_its_silence_named() -> None:
         await frames.aclose()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("text", ["metrics:nowhere", "metrics:http://h:1#speed=3", "metrics:http://h:1#max_num_seqs=many"])
+@pytest.mark.parametrize(
+    "text", ["metrics:nowhere", "metrics:http://h:1#speed=3", "metrics:http://h:1#max_num_seqs=many"]
+)
 def test_a_source_that_makes_no_sense_is_refused_in_a_sentence(text: str) -> None:
     with pytest.raises(ConfigError):
         open_source(text)

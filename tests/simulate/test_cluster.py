@@ -9,10 +9,11 @@ from block.core import Request
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
 from block.engine.scheduler import Sequence
-from block.errors import UserError
+from block.errors import ConfigError, UserError
 from block.metrics import Row, summarize
 from block.policy import policy_names
 from block.simulate import SimulationConfig, simulate
+from block.simulate.bound import pooled
 from block.simulate.config import Failure, GatewayModel, InstanceGroup, LengthModel
 from block.steptime.profile import StepTimeProfile
 from block.workload import Offered, WorkloadConfig, offer
@@ -202,3 +203,24 @@ def test_progress_is_told() -> None:
     told: list[tuple[int, int]] = []
     simulate(config(requests=1000), on_progress=lambda done, total: told.append((done, total)))
     assert told == [(500, 1000), (1000, 1000)]
+
+
+def test_one_instance_pooled_is_that_instance() -> None:
+    one = config(rate_rps=3.0, requests=200, count=1, policy="round-robin")
+    assert [row.e2e_s for row in simulate(pooled(one))] == pytest.approx([row.e2e_s for row in simulate(one)])
+
+
+def test_pooled_hardware_is_no_worse_than_any_routing() -> None:
+    near = config(rate_rps=10.5, requests=1500)
+    assert ttft_mean_s(pooled(near)) < ttft_mean_s(near)
+    with pytest.raises(ConfigError, match="Only equal instances"):
+        pooled(msgspec.structs.replace(near, instances=[*near.instances, InstanceGroup(profile=PROFILE)]))
+
+
+@pytest.mark.parametrize("gateways", [GatewayModel(), STALE])
+def test_held_requests_are_sent_in_the_end_and_it_pays_when_lengths_are_uncertain(gateways: GatewayModel) -> None:
+    full = config(rate_rps=12.0, requests=1500, lengths=LengthModel(options={"noise": 0.4}), gateways=gateways)
+    held = simulate(msgspec.structs.replace(full, policy="block-late"))
+    assert {row.status for row in held} == {"finished"}
+    assert len(held) == 1500
+    assert summarize(held).ttft_s_mean < summarize(simulate(full)).ttft_s_mean

@@ -1,4 +1,5 @@
-"""Real vLLM on this machine's CPU. ``make test-vllm`` installs it and sets ``BLOCK_VLLM_ENV``; everywhere else these tests skip."""
+"""Real vLLM on this machine's CPU. ``make test-vllm`` installs it and sets ``BLOCK_VLLM_ENV``; everywhere else these
+tests skip."""
 
 import json
 import os
@@ -14,7 +15,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from live import REPOSITORY, VllmServer
 
-LIMITS = ("--max-model-len", "1024", "--max-num-seqs", "32", "--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "400")
+LIMITS = (
+    "--max-model-len",
+    "1024",
+    "--max-num-seqs",
+    "32",
+    "--max-num-batched-tokens",
+    "256",
+    "--num-gpu-blocks-override",
+    "400",
+)
 _report: dict[str, Any] = {}
 
 
@@ -54,7 +64,20 @@ def model(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def large_config(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shape of an 8B model without its weights, for an emulated GPU."""
-    shape = ("--hidden", "4096", "--layers", "32", "--heads", "32", "--kv-heads", "8", "--inner", "14336", "--vocab", "1000")
+    shape = (
+        "--hidden",
+        "4096",
+        "--layers",
+        "32",
+        "--heads",
+        "32",
+        "--kv-heads",
+        "8",
+        "--inner",
+        "14336",
+        "--vocab",
+        "1000",
+    )
     return _make(python, tmp_path_factory.mktemp("large"), *shape, "--no-weights")
 
 
@@ -66,19 +89,11 @@ def _make(python: Path, directory: Path, *arguments: str) -> Path:
 
 @pytest.fixture(scope="session")
 def servers(python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[VllmServer]]:
-    """Two real instances. The first loads the plugin through its entry point and records its decisions, the second through
-    ``--scheduler-cls``.
-    """
+    """Two real instances; the first one also records its decisions."""
     logs = tmp_path_factory.mktemp("servers")
-    pid = os.getpid()
-    first = VllmServer(
-        python, model, logs / "first.log", name=f"test-{pid}-a", core=0, arguments=LIMITS,
-        environment={"BLOCK_VLLM_TRACE": str(logs / "first.trace.jsonl.gz")},
-    )  # fmt: skip
-    second = VllmServer(
-        python, model, logs / "second.log", name=f"test-{pid}-b", core=1,
-        arguments=(*LIMITS, "--scheduler-cls", "block.integrations.vllm.make_scheduler"), environment={"VLLM_PLUGINS": "none"},
-    )  # fmt: skip
+    pid, trace = os.getpid(), {"BLOCK_VLLM_TRACE": str(logs / "first.trace.jsonl.gz")}
+    first = VllmServer(python, model, logs / "first.log", name=f"test-{pid}-a", arguments=LIMITS, environment=trace)
+    second = VllmServer(python, model, logs / "second.log", name=f"test-{pid}-b", core=1, arguments=LIMITS)
     try:
         for server in (first, second):
             server.wait()

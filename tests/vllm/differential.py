@@ -1,10 +1,12 @@
-"""Drive the real vLLM scheduler classes beside the model, with random arrivals and fake model outputs, and compare every call.
+"""Drive the real vLLM scheduler classes beside the model, with random arrivals and fake model outputs, and compare
+every call.
 
     differential.py [--cases 40] [--requests 120] [--seed 0] [--mode sync|async] [--record DIRECTORY] [--json]
 
-Runs with the interpreter of the environment that ``tools/vllm/install.sh`` made (and ``PYTHONPATH=src``); needs neither a model's weights
-nor a server. A case is one random configuration: FCFS or priority, prefix caching with shared, repeated and continued prompts,
-``long_prefill_token_threshold``, watermark, ``scheduler_reserve_full_isl``, chunked prefill, EOS before max_tokens, aborts.
+Runs with the interpreter of the environment that ``tools/vllm/install.sh`` made (and ``PYTHONPATH=src``); needs neither
+a model's weights nor a server. A case is one random configuration: FCFS or priority, prefix caching with shared,
+repeated and continued prompts, ``long_prefill_token_threshold``, watermark, ``scheduler_reserve_full_isl``, chunked
+prefill, EOS before max_tokens, aborts.
 """
 
 import argparse
@@ -22,7 +24,6 @@ os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
-from vllm import __version__ as vllm_version
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -40,6 +41,7 @@ from block.integrations.vllm.scheduler_view import limits_of_scheduler, waiting_
 from block.integrations.vllm.trace import TraceRecorder
 from block.predict import snapshot as wire
 from block.predictor.shared_memory import SnapshotReader
+from vllm import __version__ as vllm_version
 
 EOS, WORDS = 7, range(100, 30_000)
 COUNTERS = ("prompt", "computed", "output", "placeholders", "in_flight", "stale", "blocks", "preemptions")
@@ -67,7 +69,15 @@ def random_limits(chance: random.Random, *, asynchronous: bool) -> EngineLimits:
 
 
 def real_scheduler(limits: EngineLimits, model: str) -> Any:
-    names = ("max_model_len", "max_num_seqs", "block_size", "long_prefill_token_threshold", "watermark", "enable_prefix_caching", "scheduler_reserve_full_isl")
+    names = (
+        "max_model_len",
+        "max_num_seqs",
+        "block_size",
+        "long_prefill_token_threshold",
+        "watermark",
+        "enable_prefix_caching",
+        "scheduler_reserve_full_isl",
+    )
     config = EngineArgs(
         model=model, tokenizer=model, enforce_eager=True, dtype="bfloat16", scheduling_policy=limits.policy,
         max_num_batched_tokens=limits.max_num_batched_tokens, **{n: getattr(limits, n) for n in names},
@@ -77,7 +87,9 @@ def real_scheduler(limits: EngineLimits, model: str) -> Any:
     config.scheduler_config.enable_chunked_prefill = limits.enable_chunked_prefill
     config.cache_config.num_gpu_blocks = limits.num_gpu_blocks
     layer = FullAttentionSpec(block_size=limits.block_size, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
-    cache = KVCacheConfig(num_blocks=limits.num_gpu_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], layer)])
+    cache = KVCacheConfig(
+        num_blocks=limits.num_gpu_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], layer)]
+    )
     kind = AsyncScheduler if limits.async_scheduling else SyncScheduler
     scheduler = kind(
         vllm_config=config, kv_cache_config=cache, structured_output_manager=MagicMock(), block_size=limits.block_size,
@@ -88,7 +100,8 @@ def real_scheduler(limits: EngineLimits, model: str) -> Any:
 
 
 class Workload:
-    """Random requests whose contents overlap: shared beginnings, exact repetitions, and continuations of earlier answers."""
+    """Random requests whose contents overlap: shared beginnings, exact repetitions, and continuations of earlier
+    answers."""
 
     def __init__(self, chance: random.Random, limits: EngineLimits) -> None:
         self._chance, self._limits = chance, limits
@@ -140,7 +153,9 @@ class Pair:
         self.workload = Workload(self.chance, self.limits)
         digest = get_hash_fn_by_name("sha256")
         init_none_hash(digest)
-        self.hasher = get_request_block_hasher(self.limits.block_size, digest) if self.limits.enable_prefix_caching else None
+        self.hasher = (
+            get_request_block_hasher(self.limits.block_size, digest) if self.limits.enable_prefix_caching else None
+        )
         self.recorder = TraceRecorder(record, self.real, vllm_version) if record else None
         self.pairs: dict[str, tuple[Any, Any, list[int]]] = {}
         self.in_flight: deque[tuple[Any, Any]] = deque()
@@ -206,10 +221,14 @@ class Pair:
         for key in keys:
             request, _sequence, answer = self.pairs[key]
             done = request.num_output_tokens
-            sampled.append([answer[done]] if key in sampling and done < len(answer) else [50] if key in sampling else [])
+            sampled.append(
+                [answer[done]] if key in sampling and done < len(answer) else [50] if key in sampling else []
+            )
         self.tokens += sum(map(len, sampled))
         index = {key: i for i, key in enumerate(keys)}
-        self.real.update_from_output(output, ModelRunnerOutput(req_ids=keys, req_id_to_index=index, sampled_token_ids=sampled))
+        self.real.update_from_output(
+            output, ModelRunnerOutput(req_ids=keys, req_id_to_index=index, sampled_token_ids=sampled)
+        )
         self.mine.update(batch)
         self.publisher.updated(self.real, output, 2.0)
 
@@ -220,19 +239,31 @@ class Pair:
             return {}
         snapshot = wire.decode(buffer)
         present = [*self.mine.running, *list(self.mine.waiting)[:20]]
-        batches = [{s.key: (n, m) for s, n, m in zip(b.sequences, b.tokens, b.samples, strict=True)} for _o, b in self.in_flight if b.sequences]
-        older, newer = (batches + [{}, {}])[:2]
+        batches = [
+            {s.key: (n, m) for s, n, m in zip(b.sequences, b.tokens, b.samples, strict=True)}
+            for _o, b in self.in_flight
+            if b.sequences
+        ]
+        older, newer = [*batches, {}, {}][:2]
         requests = {}
         for sequence in present:
             (first, samples_1), (second, samples_2) = older.get(sequence.key, (0, 0)), newer.get(sequence.key, (0, 0))
             flags = wire.SAMPLES_1 * bool(samples_1) + wire.SAMPLES_2 * bool(samples_2)
+            room = self.limits.max_model_len - sequence.prompt
             requests[wire.request_key(sequence.key)] = (
-                sequence.prompt, min(sequence.max_tokens, self.limits.max_model_len - sequence.prompt), sequence.computed, sequence.output,
-                sequence.placeholders, first, second, sequence.stale, sequence.blocks, sequence.priority, flags, sequence.preemptions,
+                sequence.prompt, min(sequence.max_tokens, room), sequence.computed, sequence.output,
+                sequence.placeholders, first, second, sequence.stale, sequence.blocks, sequence.priority, flags,
+                sequence.preemptions,
             )  # fmt: skip
         expected = {
             "snapshot.limits": self.limits,
-            "snapshot.queues": (len(self.mine.running), min(len(self.mine.waiting), 20), len(self.mine.waiting), self.mine.blocks_free, len(batches)),
+            "snapshot.queues": (
+                len(self.mine.running),
+                min(len(self.mine.waiting), 20),
+                len(self.mine.waiting),
+                self.mine.blocks_free,
+                len(batches),
+            ),
             "snapshot.beyond": sum(s.prompt for s in list(self.mine.waiting)[20:]),
             "snapshot.preemptions": self.mine.preemptions,
             "snapshot.requests": requests,
@@ -240,10 +271,15 @@ class Pair:
         header = snapshot.header
         found = {
             "snapshot.limits": snapshot.limits,
-            "snapshot.queues": tuple(int(header[f]) for f in ("running", "waiting", "waiting_total", "kv_blocks_free", "batches_in_flight")),
+            "snapshot.queues": tuple(
+                int(header[f]) for f in ("running", "waiting", "waiting_total", "kv_blocks_free", "batches_in_flight")
+            ),
             "snapshot.beyond": int(header["waiting_tokens_beyond"]),
             "snapshot.preemptions": int(header["preemptions_total"]),
-            "snapshot.requests": {int(k): tuple(int(x) for x in column) for k, column in zip(snapshot.keys, snapshot.requests.T, strict=True)},
+            "snapshot.requests": {
+                int(k): tuple(int(x) for x in column)
+                for k, column in zip(snapshot.keys, snapshot.requests.T, strict=True)
+            },
         }
         return {name: (expected[name], found[name]) for name in expected if expected[name] != found[name]}
 
@@ -262,14 +298,16 @@ class Pair:
             "waiting": [r.request_id for r in waiting_in_order(self.real)],
             "blocks_free": manager.block_pool.get_num_free_blocks(),
             "preempted": list(self.victims),
-            "counters": [
-                (
-                    r.num_prompt_tokens, r.num_computed_tokens, r.num_output_tokens, r.num_output_placeholders if self.limits.async_scheduling else 0,
-                    r.num_in_flight_tokens, r.num_stale_output_tokens, len(manager.get_block_ids(r.request_id)[0]), r.num_preemptions,
-                )
-                for r in present
-            ],
-        }  # fmt: skip
+            "counters": [self._real_counters(r) for r in present],
+        }
+
+    def _real_counters(self, r: Any) -> tuple[int, ...]:
+        placeholders = r.num_output_placeholders if self.limits.async_scheduling else 0
+        held = len(self.real.kv_cache_manager.get_block_ids(r.request_id)[0])
+        return (
+            r.num_prompt_tokens, r.num_computed_tokens, r.num_output_tokens, placeholders, r.num_in_flight_tokens,
+            r.num_stale_output_tokens, held, r.num_preemptions,
+        )  # fmt: skip
 
     def _model_state(self, batch: Any) -> dict[str, Any]:
         present = [*self.mine.running, *self.mine.waiting]
@@ -327,7 +365,15 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="write each case's golden trace into this directory")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    totals: dict[str, Any] = {"vllm": vllm_version, "cases": 0, "calls": 0, "tokens": 0, "preemptions": 0, "mismatched_cases": 0, "first_mismatch": None}
+    totals: dict[str, Any] = {
+        "vllm": vllm_version,
+        "cases": 0,
+        "calls": 0,
+        "tokens": 0,
+        "preemptions": 0,
+        "mismatched_cases": 0,
+        "first_mismatch": None,
+    }
     started_s = time.process_time()
     modes = {"sync": [False], "async": [True], "both": [False, True]}[args.mode]
     for seed in range(args.seed, args.seed + args.cases):
@@ -343,7 +389,12 @@ def main() -> None:
             totals["preemptions"] += pair.mine.preemptions
             if wrong:
                 totals["mismatched_cases"] += 1
-                totals["first_mismatch"] = totals["first_mismatch"] or {"seed": seed, "mode": mode, "limits": repr(pair.limits), **wrong}
+                totals["first_mismatch"] = totals["first_mismatch"] or {
+                    "seed": seed,
+                    "mode": mode,
+                    "limits": repr(pair.limits),
+                    **wrong,
+                }
     totals["cpu_s"] = round(time.process_time() - started_s, 1)
     sys.stdout.write(json.dumps(totals, indent=None if args.json else 1, default=str) + "\n")
     sys.exit(1 if totals["mismatched_cases"] else 0)

@@ -1,5 +1,6 @@
 """Start and stop real vLLM servers on this machine's CPU, with Block's plugin, for tests."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ from block.predictor.shared_memory import snapshot_path
 START_S = 240.0
 STOP_S = 20.0
 REPOSITORY = Path(__file__).parents[2]
+BLOCK = (sys.executable, "-c", "from block.cli import main; main()")
 
 
 def free_port() -> int:
@@ -66,34 +68,40 @@ class Program:
                 found.append(int(stat.parent.name))
         return found
 
-    def cpu_s(self) -> float:
-        """CPU seconds of all of it so far."""
+    def cpu_s(self, named: str = "") -> float:
+        """CPU seconds so far, of its processes whose command line contains ``named``."""
         ticks = 0
         for pid in self.members():
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
+            if named in Path(f"/proc/{pid}/cmdline").read_text(errors="replace"):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def shared_memory(self) -> set[Path]:
         """vLLM's own files in /dev/shm."""
         found = set()
         for pid in self.members():
-            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            try:
+                maps = Path(f"/proc/{pid}/maps").read_text()
+            except OSError:  # it has just ended
+                continue
+            for line in maps.splitlines():
                 path = Path(line.rpartition(" ")[2])
                 if path.parent == Path("/dev/shm") and path.name.startswith(("psm_", "sem.mp-")):
                     found.add(path)
         return found
 
     def stop(self) -> None:
+        mapped = self.shared_memory()
         if self.running:
             self._process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                pass
             self._wait_for_the_group()
         self._signal(signal.SIGKILL)  # also what the leader left behind
         self._process.wait()
+        for path in mapped:
+            path.unlink(missing_ok=True)
 
     def _wait_for_the_group(self) -> None:
         """vLLM's helpers remove its shared memory after their leader has gone."""
@@ -113,20 +121,29 @@ class VllmServer(Program):
     """``vllm serve`` on one core. ``plugin`` False starts it without Block's."""
 
     def __init__(
-        self, python: Path, model: Path, log: Path, *, name: str, core: int = 0, plugin: bool = True,
-        arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None,
+        self,
+        python: Path,
+        model: Path,
+        log: Path,
+        *,
+        name: str,
+        core: int = 0,
+        plugin: bool = True,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.name, self.port = name, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         settings = {
-            "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core), "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_PLUGINS": "block", "BLOCK_VLLM_CALM": "1",
-            "BLOCK_VLLM_NAME": name, "BLOCK_VLLM_OFF": "0" if plugin else "1", **(environment or {}),
+            "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core),
+            "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+            "VLLM_PLUGINS": "block", "BLOCK_VLLM_CALM": "1", "BLOCK_VLLM_NAME": name,
+            "BLOCK_VLLM_OFF": "0" if plugin else "1", **(environment or {}),
         }  # fmt: skip
         command = [
-            str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "tiny", "--host", "127.0.0.1",
-            "--port", str(self.port), "--dtype", "bfloat16", "--enforce-eager", "--block-size", "32",
-            "--disable-uvicorn-access-log", *arguments,
+            str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "tiny",
+            "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "bfloat16", "--enforce-eager",
+            "--block-size", "32", "--disable-uvicorn-access-log", *arguments,
         ]  # fmt: skip
         super().__init__(command, log, settings)
 
@@ -168,7 +185,9 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 if __name__ == "__main__":  # live.py PYTHON MODEL [ARGUMENT ...]: one server until interrupted
     signal.signal(signal.SIGTERM, _interrupt)
-    server = VllmServer(Path(sys.argv[1]), Path(sys.argv[2]), Path("/tmp/vllm-live.log"), name="live", arguments=sys.argv[3:])
+    server = VllmServer(
+        Path(sys.argv[1]), Path(sys.argv[2]), Path("/tmp/vllm-live.log"), name="live", arguments=sys.argv[3:]
+    )
     try:
         server.wait()
         sys.stdout.write(server.url + "\n")

@@ -5,7 +5,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -17,7 +17,7 @@ from block.steptime.profile import StepTimeProfile
 
 
 class Outcome(NamedTuple):
-    """One request. Times are seconds from the moment it was sent; ``predicted`` is the predictor's answer, if it was asked."""
+    """One request. Times are seconds from the moment it was sent; ``predicted``: what each predictor said."""
 
     server: str
     prompt_tokens: int
@@ -26,15 +26,28 @@ class Outcome(NamedTuple):
     e2e_s: float | None
     chunks: int
     error: str | None
-    predicted: dict[str, Any] | None
+    predicted: Mapping[str, dict[str, Any]]
     sent_s: float = 0.0
 
 
 async def offer(
-    url: str, *, requests: int, rate_rps: float, seed: int, prompt: tuple[int, int], output: tuple[int, int], vocabulary: int = 400,
-    predictor: str | None = None, server: str = "", endpoint: str = "/v1/completions",
+    url: str,
+    *,
+    requests: int,
+    rate_rps: float,
+    seed: int,
+    prompt: tuple[int, int],
+    output: tuple[int, int],
+    vocabulary: int = 400,
+    predictors: Mapping[str, str] | None = None,
+    server: str = "",
+    endpoint: str = "/v1/completions",
 ) -> list[Outcome]:
-    """Poisson arrivals of random prompts of ``prompt`` and answers of exactly ``output`` tokens (both inclusive ranges)."""
+    """Poisson arrivals of random prompts of ``prompt`` and answers of exactly ``output`` tokens (both inclusive
+    ranges).
+
+    ``predictors``: name -> URL; each is asked about a request just before it is sent.
+    """
     chance = random.Random(seed)
     started_s, at_s = time.perf_counter(), 0.0
     tasks = []
@@ -46,18 +59,28 @@ async def offer(
             output_tokens = chance.randint(*output)
             await asyncio.sleep(started_s + at_s - time.perf_counter())
             key = f"{seed}-{number}"
-            tasks.append(asyncio.create_task(_one(session, url, predictor, server, endpoint, key, words, output_tokens)))
+            tasks.append(
+                asyncio.create_task(_one(session, url, predictors or {}, server, endpoint, key, words, output_tokens))
+            )
         return list(await asyncio.gather(*tasks))
 
 
 async def _one(
-    session: aiohttp.ClientSession, url: str, predictor: str | None, server: str, endpoint: str, key: str, words: list[int], output_tokens: int
+    session: aiohttp.ClientSession,
+    url: str,
+    predictors: Mapping[str, str],
+    server: str,
+    endpoint: str,
+    key: str,
+    words: list[int],
+    output_tokens: int,
 ) -> Outcome:
-    predicted = None
-    if predictor is not None:
-        question = {"prompt_tokens": len(words), "max_tokens": output_tokens, "output_tokens": output_tokens}
+    predicted = {}
+    question = {"prompt_tokens": len(words), "max_tokens": output_tokens, "output_tokens": output_tokens}
+    for name, predictor in predictors.items():
         async with session.post(predictor + "/predict", json=question) as answer:
-            predicted = await answer.json()
+            if answer.status == 200:
+                predicted[name] = await answer.json()
     body = {"model": "tiny", "prompt": words, "max_tokens": output_tokens, "ignore_eos": True, "stream": True,
             "stream_options": {"include_usage": True}}  # fmt: skip
     sent_s = time.perf_counter()
@@ -65,7 +88,16 @@ async def _one(
     try:
         async with session.post(url + endpoint, json=body, headers={"X-Request-Id": key}) as response:
             if response.status != 200:
-                return Outcome(server, len(words), 0, None, None, 0, f"{response.status}: {(await response.text())[:200]}", predicted)
+                return Outcome(
+                    server,
+                    len(words),
+                    0,
+                    None,
+                    None,
+                    0,
+                    f"{response.status}: {(await response.text())[:200]}",
+                    predicted,
+                )
             async for line in response.content:
                 if not line.startswith(b"data: "):
                     continue
@@ -85,9 +117,13 @@ async def _one(
     return Outcome(server, len(words), told, ttft_s, time.perf_counter() - sent_s, chunks, error, predicted, sent_s)
 
 
-def errors(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """How far predictions are from what was measured: medians of absolute relative errors, and ratios of means."""
-    pairs = [(o, o.predicted) for o in outcomes if o.error is None and o.predicted and o.ttft_s is not None and o.e2e_s is not None]
+def errors(outcomes: Sequence[Outcome], name: str) -> dict[str, float]:
+    """How far one predictor is from what was measured: medians of absolute relative errors, and ratios of means."""
+    pairs = [
+        (o, o.predicted[name])
+        for o in outcomes
+        if o.error is None and name in o.predicted and o.ttft_s is not None and o.e2e_s is not None
+    ]
     ttft = [(p["ttft_s"], o.ttft_s) for o, p in pairs if o.ttft_s]
     e2e = [(p["e2e_s"], o.e2e_s) for o, p in pairs if o.e2e_s]
 
@@ -105,19 +141,24 @@ def errors(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 def replayed(outcomes: Sequence[Outcome], limits: EngineLimits, profile: StepTimeProfile) -> list[Outcome]:
-    """The same outcomes, with what the engine model makes of all their arrivals and lengths as the prediction (no feedback)."""
+    """The same outcomes, with what the engine model makes of all their arrivals and lengths as the prediction (no
+    feedback)."""
     engine = Engine(limits, profile.curve(1.0, limits))
     sequences = {}
     for number, outcome in enumerate(sorted((o for o in outcomes if o.error is None), key=lambda o: o.sent_s)):
-        sequence = EngineSequence(number, outcome.prompt_tokens, outcome.output_tokens, order=float(number), arrived_s=outcome.sent_s)
+        sequence = EngineSequence(
+            number, outcome.prompt_tokens, outcome.output_tokens, order=float(number), arrived_s=outcome.sent_s
+        )
         engine.add(sequence, outcome.sent_s + profile.input_s)
         sequences[number] = (outcome, sequence)
     engine.advance(float("inf"))
     return [
         outcome._replace(
             predicted={
-                "ttft_s": sequence.first_token_s - outcome.sent_s + profile.output_s,
-                "e2e_s": sequence.finished_s - outcome.sent_s + profile.output_s,
+                "model": {
+                    "ttft_s": sequence.first_token_s - outcome.sent_s + profile.output_s,
+                    "e2e_s": sequence.finished_s - outcome.sent_s + profile.output_s,
+                }
             }
         )
         for outcome, sequence in sequences.values()

@@ -9,7 +9,9 @@ from typing import Any
 from live import REPOSITORY
 
 
-def test_the_model_and_its_snapshots_equal_vllms_scheduler_at_every_call(python: Path, model: Path, report: dict[str, Any]) -> None:
+def test_the_model_and_its_snapshots_equal_vllms_scheduler_at_every_call(
+    python: Path, model: Path, report: dict[str, Any]
+) -> None:
     cases = os.environ.get("BLOCK_VLLM_CASES", "60")
     program = Path(__file__).parent / "differential.py"
     result = subprocess.run(
@@ -18,7 +20,9 @@ def test_the_model_and_its_snapshots_equal_vllms_scheduler_at_every_call(python:
     )  # fmt: skip
     assert result.stdout, result.stderr[-3000:]
     found = json.loads(result.stdout)
-    report["differential"] = {k: found[k] for k in ("vllm", "cases", "calls", "tokens", "preemptions", "mismatched_cases", "cpu_s")}
+    report["differential"] = {
+        k: found[k] for k in ("vllm", "cases", "calls", "tokens", "preemptions", "mismatched_cases", "cpu_s")
+    }
     assert found["calls"] > 100 * found["cases"]
     assert found["preemptions"] > 0
     assert found["mismatched_cases"] == 0, found["first_mismatch"]

@@ -31,10 +31,14 @@ def newest(server: VllmServer) -> wire.EngineSnapshot:
     return wire.decode(frame)
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["entry point", "--scheduler-cls"])
-async def test_snapshots_say_what_vllms_metrics_say(servers: list[VllmServer], which: int, report: dict[str, Any]) -> None:
+@pytest.mark.parametrize("which", [0, 1])
+async def test_snapshots_say_what_vllms_metrics_say(
+    servers: list[VllmServer], which: int, report: dict[str, Any]
+) -> None:
     server = servers[which]
-    load = asyncio.create_task(offer(server.url, requests=128, rate_rps=1000, seed=which, prompt=(60, 100), output=(180, 200)))
+    load = asyncio.create_task(
+        offer(server.url, requests=128, rate_rps=1000, seed=which, prompt=(60, 100), output=(180, 200))
+    )
     compared = agreed = 0
     while not load.done():
         before = newest(server)
@@ -61,7 +65,9 @@ async def test_snapshots_say_what_vllms_metrics_say(servers: list[VllmServer], w
 
 async def test_every_request_stands_in_a_snapshot_under_its_clients_id(servers: list[VllmServer]) -> None:
     server = servers[0]
-    load = asyncio.create_task(offer(server.url, requests=40, rate_rps=100, seed=77, prompt=(20, 100), output=(200, 250)))
+    load = asyncio.create_task(
+        offer(server.url, requests=40, rate_rps=100, seed=77, prompt=(20, 100), output=(200, 250))
+    )
     reader, seen, ages = SnapshotReader(server.name), set(), []
     while not load.done():
         await asyncio.sleep(0.002)
@@ -75,39 +81,62 @@ async def test_every_request_stands_in_a_snapshot_under_its_clients_id(servers: 
     assert statistics.median(ages) < 0.5
 
 
-async def test_the_engine_model_reproduces_the_live_servers_decisions(servers: list[VllmServer], report: dict[str, Any]) -> None:
+async def test_the_engine_model_reproduces_the_live_servers_decisions(
+    servers: list[VllmServer], report: dict[str, Any]
+) -> None:
     server = servers[0]
     trace = server.log.with_name("first.trace.jsonl.gz")
     for seed in (5, 6):
         outcomes = await offer(server.url, requests=60, rate_rps=60, seed=seed, prompt=(10, 400), output=(5, 250))
         assert [o.error for o in outcomes if o.error] == []
         await asyncio.sleep(2.5)
-    await offer(server.url, requests=1, rate_rps=60, seed=9, prompt=(10, 10), output=(5, 5))  # a trace is written when the engine falls idle
+    await offer(
+        server.url, requests=1, rate_rps=60, seed=9, prompt=(10, 10), output=(5, 5)
+    )  # a trace is written when the engine falls idle
     verdict = await asyncio.to_thread(validate_trace, trace)
-    report["live trace"] = {"calls": verdict.calls, "mismatches": verdict.mismatches, "requests": verdict.requests, "preemptions": verdict.preemptions}
+    report["live trace"] = {
+        "calls": verdict.calls,
+        "mismatches": verdict.mismatches,
+        "requests": verdict.requests,
+        "preemptions": verdict.preemptions,
+    }
     assert verdict.requests >= 120
     assert verdict.mismatches == 0, verdict.first_mismatch
 
 
-def test_a_dead_engines_file_is_seen_to_be_stale_and_replaced(python: Path, model: Path, tmp_path: Path) -> None:
-    server = VllmServer(python, model, tmp_path / "a.log", name="test-stale", arguments=("--max-model-len", "512", "--num-gpu-blocks-override", "64"))
+def test_a_dead_engines_file_is_seen_to_be_stale(python: Path, model: Path, tmp_path: Path) -> None:
+    """Also: the plugin works through ``--scheduler-cls``, without its entry point."""
+    server = VllmServer(
+        python, model, tmp_path / "a.log", name="test-stale", environment={"VLLM_PLUGINS": "none"},
+        arguments=(
+            "--max-model-len", "512", "--num-gpu-blocks-override", "64",
+            "--scheduler-cls", "block.integrations.vllm.make_scheduler",
+        ),
+    )  # fmt: skip
     try:
         server.wait()
+        assert newest(server).limits.num_gpu_blocks == 64
         assert owner_alive(snapshot_path("test-stale"))
         server.kill()
         assert snapshot_path("test-stale").exists()
-        assert not owner_alive(snapshot_path("test-stale"))
+        give_up = time.monotonic() + 10
+        while owner_alive(snapshot_path("test-stale")):  # the kernel takes a moment to end a large process
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
     finally:
         server.stop()
-        snapshot_path("test-stale").unlink(missing_ok=True)
 
 
-async def test_the_plugin_costs_no_visible_throughput(python: Path, model: Path, tmp_path: Path, report: dict[str, Any]) -> None:
+async def test_the_plugin_costs_no_visible_throughput(
+    python: Path, model: Path, tmp_path: Path, report: dict[str, Any]
+) -> None:
     from conftest import LIMITS
 
     name = "test-overhead"
     pair = {
-        kind: VllmServer(python, model, tmp_path / f"{kind}.log", name=f"{name}-{kind}", plugin=kind == "with", arguments=LIMITS)
+        kind: VllmServer(
+            python, model, tmp_path / f"{kind}.log", name=f"{name}-{kind}", plugin=kind == "with", arguments=LIMITS
+        )
         for kind in ("with", "without")
     }
     try:
@@ -119,17 +148,23 @@ async def test_the_plugin_costs_no_visible_throughput(python: Path, model: Path,
         for seed in range(8):
             for kind in ("with", "without") if seed % 2 else ("without", "with"):
                 server = pair[kind]
-                began, cpu_s = time.perf_counter(), server.cpu_s()
-                outcomes = await offer(server.url, requests=96, rate_rps=1000, seed=100 + seed, prompt=(20, 60), output=(100, 100))
-                seconds[kind].append((time.perf_counter() - began, server.cpu_s() - cpu_s))
+                began, cpu_s = time.perf_counter(), server.cpu_s("EngineCore")
+                outcomes = await offer(
+                    server.url, requests=96, rate_rps=1000, seed=100 + seed, prompt=(20, 60), output=(100, 100)
+                )
+                seconds[kind].append((time.perf_counter() - began, server.cpu_s("EngineCore") - cpu_s))
                 assert [o.error for o in outcomes if o.error] == []
     finally:
         for server in pair.values():
             server.stop()
-    # The first round warms up. The CPU time a token is what another program on this machine disturbs least.
-    wall, cpu = ({kind: statistics.median(pair[i] for pair in found[1:]) for kind, found in seconds.items()} for i in (0, 1))
+    # The first round warms up. The engine process's CPU time is what other programs on this machine disturb least.
+    wall, cpu = (
+        {kind: statistics.median(pair[i] for pair in found[1:]) for kind, found in seconds.items()} for i in (0, 1)
+    )
     report["throughput with the plugin"] = {
-        "tokens_per_s": {kind: round(9600 / s) for kind, s in wall.items()}, "ratio": round(wall["without"] / wall["with"], 3),
-        "cpu_us_per_token": {kind: round(1e6 * s / 9600, 1) for kind, s in cpu.items()}, "cpu_ratio": round(cpu["with"] / cpu["without"], 3),
-    }  # fmt: skip
+        "tokens_per_s": {kind: round(9600 / s) for kind, s in wall.items()},
+        "ratio": round(wall["without"] / wall["with"], 3),
+        "engine_cpu_us_per_token": {kind: round(1e6 * s / 9600, 1) for kind, s in cpu.items()},
+        "engine_cpu_ratio": round(cpu["with"] / cpu["without"], 3),
+    }
     assert cpu["with"] / cpu["without"] < 1.25

@@ -2,13 +2,11 @@
 
 import asyncio
 import statistics
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from live import Program, VllmServer, free_port, wait_healthy
+from live import BLOCK, Program, VllmServer, free_port, wait_healthy
 from measure import offer
 from test_3_emulated_gpu import calibrate
 
@@ -16,8 +14,6 @@ from block.metrics.row import Row
 from block.replay.client import ReplayOptions, replay
 from block.workload import WorkloadConfig
 from block.workload import offer as offered
-
-BLOCK = [sys.executable, "-c", "from block.cli import main; main()"]
 
 
 class Fleet(NamedTuple):
@@ -36,7 +32,16 @@ def fleet(servers: list[VllmServer], tmp_path_factory: pytest.TempPathFactory) -
     try:
         for server in servers:
             port = free_port()
-            command = [*BLOCK, "predictor", "--source", f"vllm:{server.name}", "--profile", str(profile), "--port", str(port)]
+            command = [
+                *BLOCK,
+                "predictor",
+                "--source",
+                f"vllm:{server.name}",
+                "--profile",
+                str(profile),
+                "--port",
+                str(port),
+            ]
             programs.append(Program(command, folder / f"{server.name}.log", {}))
             predictors.append(f"http://127.0.0.1:{port}")
         for program, url in zip(programs, predictors, strict=True):
@@ -71,7 +76,14 @@ def prediction_error(rows: list[Row]) -> dict[str, float]:
         return round(error, 3), round(sum(p for p, _ in pairs) / sum(m for _, m in pairs), 3)
 
     (ttft, ttft_ratio), (e2e, e2e_ratio) = of("predicted_ttft_s", "ttft_s"), of("predicted_e2e_s", "e2e_s")
-    return {"ttft_error_p50": ttft, "ttft_mean_ratio": ttft_ratio, "e2e_error_p50": e2e, "e2e_mean_ratio": e2e_ratio}
+    means = {f"{name}_mean": round(statistics.fmean(getattr(r, name) for r in rows), 3) for name in ("ttft_s", "e2e_s")}
+    return {
+        **means,
+        "ttft_error_p50": ttft,
+        "ttft_mean_ratio": ttft_ratio,
+        "e2e_error_p50": e2e,
+        "e2e_mean_ratio": e2e_ratio,
+    }
 
 
 async def test_an_instance_killed_in_mid_load_loses_no_unanswered_request(fleet: Fleet, report: dict[str, Any]) -> None:
@@ -82,6 +94,10 @@ async def test_an_instance_killed_in_mid_load_loses_no_unanswered_request(fleet:
     outcomes = await load
     broken = [o for o in outcomes if o.error]
     unanswered = [o.error for o in broken if o.ttft_s is None]
-    report["killed in mid-load"] = {"requests": len(outcomes), "answered": len(outcomes) - len(broken), "broken in their stream": len(broken)}
+    report["killed in mid-load"] = {
+        "requests": len(outcomes),
+        "answered": len(outcomes) - len(broken),
+        "broken in their stream": len(broken),
+    }
     assert unanswered == []
     assert len(broken) <= 32  # at most what the dead instance was streaming

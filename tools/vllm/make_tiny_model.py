@@ -3,8 +3,9 @@
 
     make_tiny_model.py DIRECTORY [--hidden 64] [--layers 2] [--vocab 512] [--no-weights]
 
-Writes config.json, a byte-level BPE tokenizer trained on generated text, a chat template and, unless ``--no-weights`` (serve then
-with ``--load-format dummy``), random weights. Needs tokenizers, numpy and safetensors; neither torch nor transformers.
+Writes config.json, a byte-level BPE tokenizer trained on generated text, a chat template and, unless ``--no-weights``
+(serve then with ``--load-format dummy``), random weights. Needs tokenizers, numpy and safetensors; neither torch nor
+transformers.
 """
 
 import argparse
@@ -12,13 +13,16 @@ import json
 import random
 from pathlib import Path
 
-WORDS = (
-    "a request enters the queue of an engine and waits until its blocks fit then every step computes one token for each of the "
-    "running ones while prompts are cut into chunks that share the budget with them so long prompts delay short answers when "
-    "memory is full the last one admitted loses its place returns to the head of the line and starts over later"
+WORDS = (  # noqa: SIM905 - a sentence reads better than a list
+    "a request enters the queue of an engine and waits until its blocks fit then every step computes one token for each "
+    "of the running ones while prompts are cut into chunks that share the budget with them so long prompts delay short "
+    "answers when memory is full the last one admitted loses its place returns to the head of the line and starts over"
 ).split()
 END = "<|endoftext|>"
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def write_tokenizer(directory: Path, vocab: int) -> int:
@@ -31,13 +35,20 @@ def write_tokenizer(directory: Path, vocab: int) -> int:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(text, trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
     special = {"bos_token": END, "eos_token": END, "pad_token": END}
     write_json(
         directory / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1 << 20, "chat_template": CHAT_TEMPLATE, **special},
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": 1 << 20,
+            "chat_template": CHAT_TEMPLATE,
+            **special,
+        },
     )
     write_json(directory / "special_tokens_map.json", special)
     return int(tokenizer.get_vocab_size())
@@ -54,7 +65,11 @@ def write_weights(path: Path, *, hidden: int, layers: int, heads: int, kv_heads:
         return (0.05 * chance.standard_normal((rows, columns), dtype=np.float32)).astype(np.float16)
 
     ones = np.ones(hidden, np.float16)
-    tensors = {"model.embed_tokens.weight": matrix(vocab, hidden), "lm_head.weight": matrix(vocab, hidden), "model.norm.weight": ones}
+    tensors = {
+        "model.embed_tokens.weight": matrix(vocab, hidden),
+        "lm_head.weight": matrix(vocab, hidden),
+        "model.norm.weight": ones,
+    }
     for i in range(layers):
         layer = f"model.layers.{i}."
         for name, rows in (("q", heads * head), ("k", kv_heads * head), ("v", kv_heads * head)):
@@ -75,7 +90,15 @@ def write_json(path: Path, value: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    for name, default in (("hidden", 64), ("layers", 2), ("heads", 2), ("kv-heads", 1), ("inner", 128), ("vocab", 512), ("max-model-len", 8192)):
+    for name, default in (
+        ("hidden", 64),
+        ("layers", 2),
+        ("heads", 2),
+        ("kv-heads", 1),
+        ("inner", 128),
+        ("vocab", 512),
+        ("max-model-len", 8192),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--no-weights", action="store_true")
     args = parser.parse_args()

@@ -12,24 +12,43 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("url")
-@click.option("--source", required=True, metavar="KIND:NAME", help="Whose state: vllm:NAME (BLOCK_VLLM_NAME), emulate:NAME or shm:NAME.")
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Write the profile here.")
+@click.option(
+    "--source",
+    required=True,
+    metavar="KIND:NAME",
+    help="Whose state: vllm:NAME (BLOCK_VLLM_NAME), emulate:NAME or shm:NAME.",
+)
+@click.option(
+    "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Write the profile here."
+)
 @click.option("--effort", type=click.Choice(["gentle", "normal", "thorough"]), default="normal", show_default=True)
 @click.option("--model", help="Model name [the first that the server lists].")
 @click.option("--gpu", help="GPU name in the profile [asked of nvidia-smi].")
 @click.option("--name", help="The profile's name [the output file's].")
-@click.option("--run-dir", type=click.Path(file_okay=False, path_type=Path), help="Keep the measurements, as block fit reads them.")
+@click.option(
+    "--run-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep the measurements, as block fit reads them.",
+)
 @click.option("--seed", default=0, show_default=True, help="The same seed sends the same prompts.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    url: str, source: str, output: Path, effort: Any, model: str | None, gpu: str | None, name: str | None, run_dir: Path | None, seed: int,
+    url: str,
+    source: str,
+    output: Path,
+    effort: Any,
+    model: str | None,
+    gpu: str | None,
+    name: str | None,
+    run_dir: Path | None,
+    seed: int,
     as_json: bool,
 ) -> None:
     """Measure how long the steps of the engine at URL take, and save them as a profile for the predictor.
 
-    Sends a sweep of requests (batch sizes, contexts, single and mixed prefills) and reads the step times that the engine's plugin publishes,
-    so it runs on the engine's host. The engine should be idle otherwise. Gentle takes a fraction of a minute on a GPU, normal a
-    minute or two, thorough some minutes.
+    Sends a sweep of requests (batch sizes, contexts, single and mixed prefills) and reads the step times that the
+    engine's plugin publishes, so it runs on the engine's host. The engine should be idle otherwise. Gentle takes a
+    fraction of a minute on a GPU, normal a minute or two, thorough some minutes.
 
     \b
     Examples:
@@ -43,7 +62,16 @@ def command(
     from block.replay.client import base_url
 
     state = open_source(source, 0.002)
-    result = _run(base_url(url), model, state, effort=effort, name=name or output.stem, gpu=gpu or _gpu_name(), keep=run_dir, seed=seed)
+    result = _run(
+        base_url(url),
+        model,
+        state,
+        effort=effort,
+        name=name or output.stem,
+        gpu=gpu or _gpu_name(),
+        keep=run_dir,
+        seed=seed,
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(msgspec.json.format(msgspec.json.encode(result.profile)) + b"\n")
     if as_json:
@@ -107,7 +135,13 @@ def _gpu_name() -> str:
 
 
 def _summary(result: "Calibrated", output: Path) -> dict[str, Any]:
-    return {"profile": str(output), "requests": result.requests, **result.covered, "lost": result.lost, "errors": result.profile.errors}
+    return {
+        "profile": str(output),
+        "requests": result.requests,
+        **result.covered,
+        "lost": result.lost,
+        "errors": result.profile.errors,
+    }
 
 
 def _print(result: "Calibrated", output: Path) -> None:
@@ -124,7 +158,10 @@ def _print(result: "Calibrated", output: Path) -> None:
     console.print(table)
     console.print(_speeds(result.profile), highlight=False)
     if result.lost:
-        console.print(f"{result.lost} times steps went by unseen (this host is busy); they are missing, not wrong.", highlight=False)
+        console.print(
+            f"{result.lost} times steps went by unseen (this host is busy); they are missing, not wrong.",
+            highlight=False,
+        )
     console.print(f"Saved as {output}: use it with  block predictor --profile {output}", highlight=False)
 
 
@@ -132,4 +169,7 @@ def _speeds(profile: "StepTimeProfile") -> str:
     curve = profile.curve()
     one_ms, batch_ms = 1e3 * curve.gpu_s(1, 512, 0, 0.0, 0), 1e3 * curve.gpu_s(32, 32 * 512, 0, 0.0, 0)
     prefill_ms = 1e3 * curve.gpu_s(0, 0, 1024, 1024 * 512.0, 1)
-    return f"A decode step takes {one_ms:.2f} ms alone and {batch_ms:.2f} ms for 32 requests; a prompt of 1024 tokens {prefill_ms:.1f} ms."
+    return (
+        f"A decode step takes {one_ms:.2f} ms alone and {batch_ms:.2f} ms for 32 requests; "
+        f"a prompt of 1024 tokens {prefill_ms:.1f} ms."
+    )

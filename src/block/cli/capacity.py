@@ -13,6 +13,7 @@ import click
     "--seeds", default=5, show_default=True, type=click.IntRange(1), help="How many, from the configured one on."
 )
 @click.option("--tolerance", default=0.01, show_default=True, help="Width of the last bracket, as a fraction.")
+@click.option("--pooled", is_flag=True, help="Also the same hardware as one engine: what perfect balance would give.")
 @click.option("--jobs", type=click.IntRange(1), help="Processes [one a core].")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (a list if several policies).")
 def command(
@@ -21,6 +22,7 @@ def command(
     criterion: str,
     seeds: int,
     tolerance: float,
+    pooled: bool,
     jobs: int | None,
     as_json: bool,
 ) -> None:
@@ -32,6 +34,7 @@ def command(
     Examples:
       block capacity --config experiments/paper-default.toml --policy block --json
       block capacity --config experiments/paper-default.toml --policy llumnix-minus --policy block --criterion "ttft_p99<=10"
+      block capacity --config experiments/paper-default.toml --policy block --pooled
     """
     import json
 
@@ -41,6 +44,7 @@ def command(
     from rich.table import Table
 
     from block.simulate import load_config
+    from block.simulate.bound import pooled as pooled_cluster
     from block.simulate.capacity import find_capacity, parse_criterion
     from block.simulate.sweep import runner, varied
 
@@ -55,6 +59,10 @@ def command(
                 progress.update(bar, description=policy)
                 one = varied(base, policy=policy)
                 found.append(find_capacity(one, wanted, numbers, run_all, tolerance=tolerance))
+            if pooled:
+                progress.update(bar, description="pooled")
+                perfect = find_capacity(pooled_cluster(base), wanted, numbers, run_all, tolerance=tolerance)
+                found.append(msgspec.structs.replace(perfect, policy="(pooled)"))
     if as_json:
         built = [msgspec.to_builtins(one) for one in found]
         click.echo(json.dumps(built[0] if len(built) == 1 else built))

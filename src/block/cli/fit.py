@@ -11,7 +11,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("steps", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Where the profile goes (JSON).")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where the profile goes (JSON).",
+)
 @click.option("--name", help="The profile's name [default: the output file's].")
 @click.option("--json", "as_json", is_flag=True, help="Print the errors as JSON.")
 def command(steps: tuple[Path, ...], output: Path, name: str | None, as_json: bool) -> None:
@@ -35,7 +41,9 @@ def command(steps: tuple[Path, ...], output: Path, name: str | None, as_json: bo
     from block.steptime.sources import read_measured
 
     console = Console(stderr=True)
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True) as bar:
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+    ) as bar:
         task = bar.add_task("reading")
         measured = read_measured(steps)
         subject = Subject(
@@ -64,6 +72,10 @@ def _print_errors(profile: "StepTimeProfile") -> None:
         table.add_column(column, justify="left" if column == "windows of" else "right")
     for e in profile.errors:
         table.add_row(
-            e.regime, str(e.samples), f"{e.bias_fraction:+.1%}", f"{e.error_p50_fraction:.1%}", f"{e.error_p90_fraction:.1%}"
+            e.regime,
+            str(e.samples),
+            f"{e.bias_fraction:+.1%}",
+            f"{e.error_p50_fraction:.1%}",
+            f"{e.error_p90_fraction:.1%}",
         )
     Console().print(table)

@@ -10,10 +10,21 @@ import click
 @click.command()
 @click.argument("run_dir", required=False, type=click.Path(path_type=Path))
 @click.option("--stage", help="The stage of the run to replay.")
-@click.option("--profile", "profile_name", help="A shipped profile or a JSON file [default: the shipped one for the run's GPU and model].")
-@click.option("--scheduler", "trace", type=click.Path(path_type=Path), help="Compare the scheduler with a trace, decision by decision.")
+@click.option(
+    "--profile",
+    "profile_name",
+    help="A shipped profile or a JSON file [default: the shipped one for the run's GPU and model].",
+)
+@click.option(
+    "--scheduler",
+    "trace",
+    type=click.Path(path_type=Path),
+    help="Compare the scheduler with a trace, decision by decision.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(run_dir: Path | None, stage: str | None, profile_name: str | None, trace: Path | None, as_json: bool) -> None:
+def command(
+    run_dir: Path | None, stage: str | None, profile_name: str | None, trace: Path | None, as_json: bool
+) -> None:
     """Replay RUN_DIR's stage through the engine model and compare every request, or replay a scheduler trace.
 
     The model sees the stage's arrivals and true lengths and nothing else of the run. With --scheduler, exit code 1 says that
@@ -79,7 +90,9 @@ def _print(fidelity: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{fidelity.pop('stage')}, {fidelity.pop('requests')} requests, profile {fidelity.pop('profile')}")
+    table = Table(
+        title=f"{fidelity.pop('stage')}, {fidelity.pop('requests')} requests, profile {fidelity.pop('profile')}"
+    )
     table.add_column("")
     table.add_column("modelled against measured", justify="right")
     for key, value in fidelity.items():

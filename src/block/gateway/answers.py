@@ -9,6 +9,13 @@ RESPONSE_DROPPED: Final = frozenset(
 )
 
 
+def is_one_chunk(data: bytes) -> bool:
+    """Whether this is exactly one chunk, not the last, its size written as plainly as can be (else: let llhttp see)."""
+    end = data.find(b"\r\n", 1, 10)
+    size = len(data) - end - 4
+    return end > 0 and size > 0 and data[:end] == b"%x" % size and data.endswith(b"\r\n")
+
+
 def end_of_whole_chunks(data: bytes) -> int:
     """Where the last whole chunk ends in bytes that begin with a chunk (and were found valid by llhttp)."""
     at = 0
@@ -101,6 +108,10 @@ class AnswerReader:
             self._remaining = int(length)
         keep_alive = self._parser.should_keep_alive() if coding is not None or self._remaining is not None else False
         self.head = AnswerHead(status, fields, self._lines, self._remaining, coding is not None, keep_alive)
+
+    @property
+    def chunked(self) -> bool:
+        return self.head is not None and self.head.chunked
 
     @property
     def whole(self) -> bool:

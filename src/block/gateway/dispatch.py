@@ -153,6 +153,7 @@ class Dispatcher:
         exchange.tokens = exchange.request.prompt_tokens + exchange.expected_total
         self.pool.started(instance, exchange.tokens, monotonic())
         self.decider.sent(exchange, instance)
+        self.metrics.sent_to(instance.id).inc()
         connection = instance.connections.take()
         if connection is not None:
             exchange.send_on(connection, instance)

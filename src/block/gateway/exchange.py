@@ -24,17 +24,47 @@ if TYPE_CHECKING:
     from block.gateway.proxy import ClientConnection
 
 RETRYABLE: Final = frozenset({429, 500, 502, 503, 504})
-TAIL_BYTES: Final = 2048
 
 
 class Exchange:
     """Written by the dispatcher (where it goes) and by the two connections' callbacks (what came)."""
 
     __slots__ = (
-        "answered_s", "arrived_s", "attempts", "chunked", "client", "connecting", "connection", "decision",
-        "dispatcher", "estimate", "events", "expected_total", "first_byte_s", "generating", "head_sent", "http",
-        "instance", "keep_alive", "key", "over", "overhead_s", "paused_s", "prediction", "prompt_bytes", "queued_s",
-        "request", "resent", "sent_s", "sse", "status", "stream", "tail", "tokens", "tried",
+        "answered_s",
+        "arrived_s",
+        "attempts",
+        "before_last",
+        "chunked",
+        "client",
+        "connecting",
+        "connection",
+        "decision",
+        "dispatcher",
+        "estimate",
+        "events",
+        "expected_total",
+        "first_byte_s",
+        "generating",
+        "head_sent",
+        "http",
+        "instance",
+        "keep_alive",
+        "key",
+        "last",
+        "over",
+        "overhead_s",
+        "paused_s",
+        "prediction",
+        "prompt_bytes",
+        "queued_s",
+        "request",
+        "resent",
+        "sent_s",
+        "sse",
+        "status",
+        "stream",
+        "tokens",
+        "tried",
     )  # fmt: skip
 
     def __init__(
@@ -60,7 +90,8 @@ class Exchange:
         self.status = 0
         self.head_sent = self.sse = self.chunked = self.over = False
         self.events = 0
-        self.tail = b""
+        self.before_last = self.last = b""
+        """The last two reads of the answer, for the usage in them."""
         self.queued_s = self.sent_s = self.first_byte_s = self.answered_s = self.paused_s = self.overhead_s = 0.0
 
     # Towards the instance
@@ -126,7 +157,7 @@ class Exchange:
             self.first_byte_s = now_s
         if self.sse:
             self.events += data.count(b"data:")
-        self.tail = data if len(data) >= TAIL_BYTES else self.tail[-TAIL_BYTES:] + data
+        self.before_last, self.last = self.last, data
 
     def answer_ended(self) -> None:
         self.connection = None
@@ -157,7 +188,7 @@ class Exchange:
     def break_off(self, message: str, code: str, *, aligned: bool) -> None:
         """The answer has begun and cannot go on: an error event where the framing allows one, else cut the connection."""
         if self.sse and self.chunked and aligned:
-            event = b"" if self.tail.endswith(b"\n\n\r\n") or not self.tail else b"\n\n"
+            event = b"" if self.last.endswith(b"\n\n\r\n") or not self.last else b"\n\n"
             event += b"data: " + error_object(message, "server_error", code, None) + b"\n\n"
             self.client.transport.write(chunk(event) + LAST_CHUNK)
             self.client.exchange_ended(keep_alive=self.keep_alive)

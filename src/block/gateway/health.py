@@ -72,7 +72,8 @@ class HealthChecks:
             self._pool.check_failed(instance, problem)
         said = (instance.state.value, instance.reason)
         if said != self._said and not (self._said is None and instance.state is State.READY):
-            log.warning("instance %s is %s: %s", instance.id, *said)
+            level = logging.INFO if instance.state is State.READY else logging.WARNING
+            log.log(level, "instance %s is %s%s", instance.id, said[0], "" if said[0] == said[1] else f": {said[1]}")
         self._said = said
 
     async def probe(self, timeout_s: float) -> None:

@@ -42,7 +42,7 @@ class Lessons:
     def _tokens(self, exchange: Exchange) -> int | None:
         """Output tokens: what usage says, else the events of the stream that carried some."""
         request, metrics = exchange.request, self._metrics.model(exchange.request.model)
-        prompt_tokens, output_tokens = usage_of(exchange.tail)
+        prompt_tokens, output_tokens = usage_of(exchange.before_last + exchange.last)
         if prompt_tokens and exchange.prompt_bytes:
             self._ratio.observe(request.model, exchange.prompt_bytes, prompt_tokens)
         if output_tokens is None and exchange.sse:

@@ -174,6 +174,14 @@ class Metrics:
         info = Gauge(n + "info", "Version and policy.", ["version", "policy"], registry=registry)
         self._info = info
         self._models: dict[str, PerModel] = {}
+        self._sent_to: dict[str, Counter] = {}
+
+    def sent_to(self, endpoint: str) -> Counter:
+        """The bound counter of requests sent to an instance."""
+        found = self._sent_to.get(endpoint)
+        if found is None:
+            found = self._sent_to[endpoint] = self.sent.labels(endpoint)
+        return found
 
     def set_policy(self, policy: str) -> None:
         """The policy in force, for ``info``."""

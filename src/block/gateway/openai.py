@@ -11,6 +11,7 @@ import msgspec
 from block.core import Request, Slo
 from block.errors import ClientError
 from block.gateway.http1 import HttpRequest
+from block.length.text import chat_text
 
 IMAGE_TOKENS: Final = 1000
 GENERATING: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
@@ -129,13 +130,9 @@ def prompt_text(raw: msgspec.Raw) -> str | None:
         return value
     if not isinstance(value, list):
         return None
-    parts: list[str] = []
-    for item in value:
-        content = item.get("content") if isinstance(item, dict) else item
-        if isinstance(content, str):
-            parts.append(content)
-        elif isinstance(content, list):
-            parts += [p["text"] for p in content if isinstance(p, dict) and isinstance(p.get("text"), str)]
+    if value and isinstance(value[0], dict):
+        return chat_text(value) or None
+    parts = [item for item in value if isinstance(item, str)]
     return "\n".join(parts) if parts else None
 
 

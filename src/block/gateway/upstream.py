@@ -6,7 +6,7 @@ from collections import deque
 from typing import Final, Protocol, cast
 
 from block.errors import InstanceUnreachableError, StreamBrokenError
-from block.gateway.answers import AnswerHead, AnswerReader, end_of_whole_chunks
+from block.gateway.answers import AnswerHead, AnswerReader, end_of_whole_chunks, is_one_chunk
 
 IDLE_MAX: Final = 512
 HELD_BYTES_MAX: Final = 262_144
@@ -27,7 +27,18 @@ class Receiver(Protocol):
 class UpstreamConnection(asyncio.Protocol):
     """One TCP connection to an instance; carries one exchange at a time."""
 
-    __slots__ = ("_held", "_home", "_paused", "_reader", "_receiver", "aligned", "answered", "reused", "transport")
+    __slots__ = (
+        "_between",
+        "_held",
+        "_home",
+        "_paused",
+        "_reader",
+        "_receiver",
+        "aligned",
+        "answered",
+        "reused",
+        "transport",
+    )
 
     def __init__(self, home: "Connections") -> None:
         self._home = home
@@ -35,6 +46,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._reader = AnswerReader()
         self._held = b""
         self._paused = False
+        self._between = False
+        """A chunked answer is under way and the last chunk that came was whole."""
         self.transport: asyncio.Transport
         self.reused = False
         self.answered = False
@@ -49,6 +62,7 @@ class UpstreamConnection(asyncio.Protocol):
     def send(self, receiver: Receiver, head: bytes, body: bytes) -> None:
         """Send one request; its answer goes to ``receiver``."""
         self._receiver, self._reader, self.answered, self.aligned = receiver, AnswerReader(), False, True
+        self._between = False
         self.transport.write(head + body if len(body) < 65536 else head)
         if len(body) >= 65536:
             self.transport.write(body)
@@ -71,6 +85,9 @@ class UpstreamConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         receiver, reader = self._receiver, self._reader
+        if self._between and receiver is not None and is_one_chunk(data):
+            receiver.body_received(data)  # the usual case of a stream: one event, one chunk, one read
+            return
         if receiver is None:
             self.transport.abort()  # an answer that nobody asked for
             return
@@ -98,6 +115,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.aligned = True
         if data:
             receiver.body_received(data)
+        self._between = reader.chunked and self.aligned and not self._held and not whole
         if whole and self._receiver is receiver:
             self._end(receiver)
 

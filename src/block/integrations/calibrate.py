@@ -36,10 +36,20 @@ class Calibrated(msgspec.Struct, frozen=True):
 
 
 async def calibrate(
-    url: str, model: str, source: StateSource, *, effort: sweep.Effort, name: str, gpu: str, keep: Path | None = None, seed: int = 0,
-    on_plan: Callable[[Sequence[sweep.Stage]], None] = lambda stages: None, on_stage: Callable[[sweep.Stage], None] | None = None,
+    url: str,
+    model: str,
+    source: StateSource,
+    *,
+    effort: sweep.Effort,
+    name: str,
+    gpu: str,
+    keep: Path | None = None,
+    seed: int = 0,
+    on_plan: Callable[[Sequence[sweep.Stage]], None] = lambda stages: None,
+    on_stage: Callable[[sweep.Stage], None] | None = None,
 ) -> Calibrated:
-    """Sweep the engine at ``url``, whose state ``source`` shows, and fit its step times; ``keep`` saves the measurements.
+    """Sweep the engine at ``url``, whose state ``source`` shows, and fit its step times; ``keep`` saves the
+    measurements.
 
     Raises:
         ConfigError: no state can be seen, or the engine is busy with other requests.
@@ -64,7 +74,9 @@ async def calibrate(
     return Calibrated(profile, limits, len(answered), whole(steps), collector.lost)
 
 
-async def _first_snapshot(collector: StepCollector, source: StateSource, watching: "asyncio.Task[None]") -> EngineSnapshot:
+async def _first_snapshot(
+    collector: StepCollector, source: StateSource, watching: "asyncio.Task[None]"
+) -> EngineSnapshot:
     for _ in range(int(FIRST_SNAPSHOT_S / 0.05)):
         if watching.done():
             watching.result()
@@ -89,13 +101,18 @@ def fit(steps: npt.NDArray[np.void], limits: EngineLimits, *, name: str, gpu: st
     from block.steptime.steplog import StepLog
 
     start_s = float(steps["scheduled_s"][0]) if len(steps) else 0.0
-    columns = {f: steps[f].astype(float) for f in ("decode_requests", "context", "prefill_tokens", "prefill_work", "chunks")}
-    log = StepLog(name="sweep", scheduled_s=steps["scheduled_s"] - start_s, finished_s=steps["finished_s"] - start_s, **columns)
+    columns = {
+        f: steps[f].astype(float) for f in ("decode_requests", "context", "prefill_tokens", "prefill_work", "chunks")
+    }
+    log = StepLog(
+        name="sweep", scheduled_s=steps["scheduled_s"] - start_s, finished_s=steps["finished_s"] - start_s, **columns
+    )
     return fit_profile([(log, limits)], Subject(name=name, gpu=gpu, model=model, source=source))
 
 
 def with_front_s(profile: StepTimeProfile, limits: EngineLimits, answered: Sequence[sweep.Answered]) -> StepTimeProfile:
-    """The profile with the time that the API server adds around the scheduler: what single requests took beyond their steps.
+    """The profile with the time that the API server adds around the scheduler: what single requests took beyond their
+    steps.
 
     How it divides between the way in and the way out cannot be seen from outside; half each.
     """

@@ -1,4 +1,5 @@
-"""Collect an engine's step log from the snapshots that it publishes, and keep it as a run directory that ``block fit`` reads."""
+"""Collect an engine's step log from the snapshots that it publishes, and keep it as a run directory that ``block fit``
+reads."""
 
 import csv
 import gzip
@@ -57,17 +58,31 @@ class StepCollector:
 
 
 def write_run(
-    directory: Path, steps: npt.NDArray[np.void], answered: Sequence[Answered], limits: EngineLimits, *, gpu: str, model: str,
+    directory: Path,
+    steps: npt.NDArray[np.void],
+    answered: Sequence[Answered],
+    limits: EngineLimits,
+    *,
+    gpu: str,
+    model: str,
     engine: dict[str, Any] | None = None,
 ) -> None:
-    """Write ``engine.json``, ``sweep.steps.csv.gz`` and ``sweep.requests.csv.gz``; times count from the first of them."""
+    """Write ``engine.json``, ``sweep.steps.csv.gz`` and ``sweep.requests.csv.gz``; times count from the first of
+    them."""
     directory.mkdir(parents=True, exist_ok=True)
     start_s = min([float(steps["scheduled_s"][0])] + [a.sent_s for a in answered]) if len(steps) else 0.0
-    fields = {"gpu": gpu, "model": model, **{name: getattr(limits, name) for name in limits.__struct_fields__}, **(engine or {})}
+    fields = {
+        "gpu": gpu,
+        "model": model,
+        **{name: getattr(limits, name) for name in limits.__struct_fields__},
+        **(engine or {}),
+    }
     (directory / "engine.json").write_text(json.dumps(fields, indent=1) + "\n")
     with gzip.open(directory / f"{STAGE}.steps.csv.gz", "wt", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["schedule_start_s", "update_start_s", "decode_requests", "decode_context_tokens", "prefill_chunks"])
+        rows.writerow(
+            ["schedule_start_s", "update_start_s", "decode_requests", "decode_context_tokens", "prefill_chunks"]
+        )
         for scheduled_s, finished_s, decodes, context, tokens, work, chunks in steps.tolist():
             text = " ".join(_chunks(tokens, work, chunks))
             rows.writerow([f"{scheduled_s - start_s:.7f}", f"{finished_s - start_s:.7f}", decodes, context, text])
@@ -75,7 +90,16 @@ def write_run(
         rows = csv.writer(file)
         rows.writerow(["request", "arrived_s", "prompt_tokens", "output_tokens", "ttft_s", "e2e_s"])
         for number, a in enumerate(sorted(answered)):
-            rows.writerow([number, f"{a.sent_s - start_s:.6f}", a.prompt_tokens, a.output_tokens, f"{a.ttft_s:.6f}", f"{a.e2e_s:.6f}"])
+            rows.writerow(
+                [
+                    number,
+                    f"{a.sent_s - start_s:.6f}",
+                    a.prompt_tokens,
+                    a.output_tokens,
+                    f"{a.ttft_s:.6f}",
+                    f"{a.e2e_s:.6f}",
+                ]
+            )
 
 
 def _chunks(tokens: int, work: float, chunks: int) -> list[str]:

@@ -1,6 +1,7 @@
 """A short, closed-loop load that shows an engine's step times: batch sizes x contexts, single prefills, and both mixed.
 
-The plan is data; playing it needs only an OpenAI endpoint that takes token ids. Prompts are random, so that a prefix cache finds nothing.
+The plan is data; playing it needs only an OpenAI endpoint that takes token ids. Prompts are random, so that a prefix
+cache finds nothing.
 """
 
 import asyncio
@@ -68,8 +69,8 @@ def plan(limits: EngineLimits, effort: Effort) -> list[Stage]:
                 stages.append(Stage(f"{batch} x {context} tokens", batch, (context, context), (steps, steps)))
     longest = min(limits.max_model_len - 4, tokens_max - 4, 16_384)
     repeats = _PREFILL_REPEATS[effort]
-    for length in _spread(16, longest, 10 if effort == "thorough" else 7):
-        stages.append(Stage(f"prefill of {length}", 1, (length, length), (3, 3), rounds=repeats))
+    lengths = _spread(16, longest, 10 if effort == "thorough" else 7)
+    stages += [Stage(f"prefill of {length}", 1, (length, length), (3, 3), rounds=repeats) for length in lengths]
     for share in (0.08, 0.3, 0.8) if effort != "gentle" else (0.1, 0.5):
         prompts = (8, max(min(longest // 2, 1024), 8))
         most = tokens_max // (prompts[1] + 2 * steps)
@@ -87,7 +88,12 @@ def _spread(least: int, most: int, count: int) -> list[int]:
 
 
 async def play(
-    url: str, model: str, stages: Sequence[Stage], *, seed: int = 0, on_stage: Callable[[Stage], None] | None = None,
+    url: str,
+    model: str,
+    stages: Sequence[Stage],
+    *,
+    seed: int = 0,
+    on_stage: Callable[[Stage], None] | None = None,
     headers: dict[str, str] | None = None,
 ) -> list[Answered]:
     """Run the stages one after another; returns every request's measurement.
@@ -106,7 +112,9 @@ async def play(
                 on_stage(stage)
             try:
                 async with asyncio.TaskGroup() as group:
-                    clients = [group.create_task(_client(session, url, model, stage, chance)) for _ in range(stage.concurrency)]
+                    clients = [
+                        group.create_task(_client(session, url, model, stage, chance)) for _ in range(stage.concurrency)
+                    ]
             except* (SweepError, InstanceUnreachableError) as errors:
                 raise errors.exceptions[0] from None
             for client in clients:
@@ -114,9 +122,11 @@ async def play(
     return answered
 
 
-async def _client(session: aiohttp.ClientSession, url: str, model: str, stage: Stage, chance: random.Random) -> list[Answered]:
+async def _client(
+    session: aiohttp.ClientSession, url: str, model: str, stage: Stage, chance: random.Random
+) -> list[Answered]:
     ends_s = None if stage.seconds is None else time.monotonic() + stage.seconds
-    answered = []
+    answered: list[Answered] = []
     while len(answered) < stage.rounds if ends_s is None else time.monotonic() < ends_s:
         prompt = chance.choices(TOKEN_IDS, k=chance.randint(*stage.prompt_tokens))
         answered.append(await _ask(session, url, model, prompt, chance.randint(*stage.output_tokens)))
@@ -124,12 +134,23 @@ async def _client(session: aiohttp.ClientSession, url: str, model: str, stage: S
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, model: str, prompt: list[int], output_tokens: int) -> Answered:
-    body = {"model": model, "prompt": prompt, "max_tokens": output_tokens, "ignore_eos": True, "stream": True, "temperature": 0}
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": output_tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "temperature": 0,
+    }
     sent_s, started_s, ttft_s = time.time(), time.perf_counter(), 0.0
     try:
-        async with session.post(f"{url}/v1/completions", data=msgspec.json.encode(body), headers={"Content-Type": "application/json"}) as answer:
+        async with session.post(
+            f"{url}/v1/completions", data=msgspec.json.encode(body), headers={"Content-Type": "application/json"}
+        ) as answer:
             if answer.status != 200:
-                raise SweepError(f"{url} answered {answer.status} to a request of {len(prompt)} tokens: {(await answer.text())[:300]}")
+                raise SweepError(
+                    f"{url} answered {answer.status} to a request of {len(prompt)} tokens: {(await answer.text())[:300]}"
+                )
             async for line in answer.content:
                 if not ttft_s and line.startswith(b"data:"):
                     ttft_s = time.perf_counter() - started_s

@@ -1,16 +1,20 @@
 """Step times of an engine that schedules synchronously (vLLM on CPUs, or with ``--no-async-scheduling``).
 
-Nothing overlaps there: a step's time runs from the results before it to its own, the CPU's share included, and is fitted directly:
+Nothing overlaps there: a step's time runs from the results before it to its own, the CPU's share included, and is
+fitted directly:
 
-    seconds = base(decode requests) + kv_s * context                                                     decode-only steps
-    seconds = base(tokens) + request_s * decodes + kv_s * context + attention_s * work + chunk_s * chunks    steps with prefill
+    seconds = base(decode requests) + kv_s * context                                                     decode-only
+    steps seconds = base(tokens) + request_s * decodes + kv_s * context + attention_s * work + chunk_s * chunks    steps
+    with prefill
 
 with non-negative, rising bases (Lawson and Hanson's NNLS), reweighted so that stalls of the host count little.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
@@ -39,7 +43,10 @@ def fit_synchronous(steps: npt.NDArray[np.void], *, name: str, gpu: str, model: 
     context, tokens = steps["context"].astype(float), decodes + steps["prefill_tokens"]
     plain, mixed = (chunks == 0) & (seconds > 0), (chunks > 0) & (seconds > 0)
     if min(np.count_nonzero(plain), np.count_nonzero(mixed)) < STEPS_FEW:
-        raise BadInputError(f"The sweep shows {np.count_nonzero(plain)} decode-only steps and {np.count_nonzero(mixed)} with prefill: run a longer one.")
+        raise BadInputError(
+            f"The sweep shows {np.count_nonzero(plain)} decode-only steps and {np.count_nonzero(mixed)} with prefill: "
+            "run a longer one."
+        )
     decode_knots = _knots(DECODE_KNOTS, decodes[plain])
     decode = _solve([_rises(decodes[plain], decode_knots), context[plain]], seconds[plain])
     token_knots = _knots(TOKEN_KNOTS, tokens[mixed])
@@ -48,13 +55,17 @@ def fit_synchronous(steps: npt.NDArray[np.void], *, name: str, gpu: str, model: 
     rest = _solve([_rises(tokens[mixed], token_knots), *work], seconds[mixed] - kv_s * context[mixed])
     request_s, attention_s, chunk_s = map(float, rest[-3:])
     profile = StepTimeProfile(
-        name=name, gpu=gpu, model=model, source=source, kv_s=float(kv_s), request_s=request_s, attention_s=attention_s, chunk_s=chunk_s,
-        decode_knots=_table(decode_knots, decode), mixed_knots=_table(token_knots, rest),
+        name=name, gpu=gpu, model=model, source=source, kv_s=float(kv_s), request_s=request_s,
+        attention_s=attention_s, chunk_s=chunk_s, decode_knots=_table(decode_knots, decode), mixed_knots=_table(token_knots, rest),
     )  # fmt: skip
     curve = profile.curve()
-    modelled = np.array([curve.gpu_s(int(d), int(k), int(p), float(w), int(c)) for _, _, d, k, p, w, c in steps.tolist()])
-    errors = [_error(kind, seconds[chosen], modelled[chosen]) for kind, chosen in (("decode", plain), ("with prefill", mixed))]
-    return StepTimeProfile(**{**{f: getattr(profile, f) for f in profile.__struct_fields__}, "errors": errors})
+    modelled = np.array(
+        [curve.gpu_s(int(d), int(k), int(p), float(w), int(c)) for _, _, d, k, p, w, c in steps.tolist()]
+    )
+    errors = [
+        _error(kind, seconds[chosen], modelled[chosen]) for kind, chosen in (("decode", plain), ("with prefill", mixed))
+    ]
+    return msgspec.structs.replace(profile, errors=errors)
 
 
 def durations_s(steps: npt.NDArray[np.void]) -> Floats:
@@ -73,8 +84,9 @@ def _knots(grid: Floats, seen: Floats) -> Floats:
 
 
 def _rises(x: Floats, knots: Floats) -> Floats:
-    """Columns whose non-negative combinations are the rising functions, linear between knots; shape (len(x), len(knots))."""
-    steps = [np.clip(x - a, 0, b - a) for a, b in zip(knots[:-1], knots[1:], strict=True)]
+    """Columns whose non-negative combinations are the rising functions, linear between knots; shape (len(x),
+    len(knots))."""
+    steps = [np.clip(x - a, 0, b - a) for a, b in pairwise(knots)]
     steps[-1] = np.maximum(x - knots[-2], 0)  # the last slope goes on
     return np.column_stack([np.ones_like(x), *steps])
 

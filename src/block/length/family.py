@@ -15,7 +15,8 @@ from block.length.grid import TOKENS_MAX
 
 LOCATION_STEP = 0.05
 LOCATIONS: Floats = np.arange(0.0, np.log(TOKENS_MAX), LOCATION_STEP)
-_SCALES = 14
+_SCALES = 20
+_BEYOND = 2.5  # scales reach this far beyond those told in training, for what the online correction widens
 _KNOTS = 61
 
 
@@ -43,14 +44,14 @@ def fit_family(residual: Floats, scale: Floats, truncated: NDArray[np.bool_]) ->
     """The family of residuals of log-lengths, (n,), told with these scales, (n,); each shape weighs them by how near
     their scale is. A truncated one counts as "longer than" (Kaplan and Meier's estimator)."""
     low, high = np.quantile(scale, [0.005, 0.995])
-    scales = np.geomspace(0.8 * low, 1.25 * high, _SCALES)
+    scales = np.geomspace(low / _BEYOND, high * _BEYOND, _SCALES)
     z = residual / scale
     order = np.argsort(z)
     above = np.linspace(1.0, 0.0, _KNOTS)
     band = max(float(np.log(scale).std()) * 0.5, 0.1)
     rows = []
     for at in scales:
-        weight = np.exp(-0.5 * ((np.log(scale) - np.log(at)) / band) ** 2) + 1e-3
+        weight = np.exp(-0.5 * ((np.log(scale) - np.log(np.clip(at, low, high))) / band) ** 2) + 1e-3
         weight /= weight.sum()
         survival = _kaplan_meier(weight[order], truncated[order])
         rows.append(np.interp(-above, -survival, z[order]))

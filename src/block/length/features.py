@@ -40,6 +40,15 @@ UNITS = {
     ),
 }  # fmt: skip
 _UNIT_OF = {form: unit for unit, words in UNITS.items() for word in words for form in (word, word + "s")}
+_TOKENS_OF_ONE = {"words": 1.3, "sentences": 22.0, "paragraphs": 85.0, "lines": 11.0, "pages": 400.0}
+"""Tokens of one unit, roughly, in the public sets (experiments/ship_lengths.py names them)."""
+
+_ASKING = {
+    "a", "an", "about", "approximately", "around", "at", "exactly", "in", "least", "maximum", "minimum", "most", "of",
+    "only", "over", "roughly", "than", "to", "under", "up", "using", "with", "within", "write",
+}  # fmt: skip
+"""Words before an amount that make it one of the answer ("in 200 words", "a ten line poem")."""
+
 _NUMBERS = {
     "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
     "dozen": 12, "twelve": 12, "fifteen": 15, "twenty": 20, "fifty": 50, "hundred": 100, "thousand": 1000,
@@ -79,9 +88,13 @@ DENSE_NAMES: tuple[str, ...] = (
     "chars", "words", "lines", "mean_word", "unseen_chars", "questions", "ends_question", "fences", "symbols", "digits",
     "capitals", "foreign", "wide", "bullets", "options", "indented", "braces", "quotes", "colon_end", "pictures",
     "turns", "system_chars", "answer_chars", "last_answer_chars", "first_prompt_chars", "max_tokens",
-    *(f"n_{unit}" for unit in UNITS), "number_max", "numbers", *(f"cue_{name}" for name in CUES),
+    *(f"n_{unit}" for unit in UNITS), "number_max", "numbers", "asked", *(f"cue_{name}" for name in CUES),
     *(f"start_{name}" for name in CUES),
 )  # fmt: skip
+
+
+ASKED = DENSE_NAMES.index("asked")
+"""The feature that is the log of the tokens that the prompt itself asks for ("in 200 words"), or `ABSENT`."""
 
 
 class Features(NamedTuple):
@@ -152,15 +165,23 @@ def _conversation(spoken: list[tuple[str, str]]) -> list[float]:
 def _counts(words: list[str]) -> list[float]:
     """Explicit amounts: "in 200 words", "two short paragraphs", "top 10 ideas" -> the number by unit."""
     amounts = dict.fromkeys(UNITS, ABSENT)
+    asked = 0.0
     numbers = [(place, number) for place, word in enumerate(words) if (number := _number(word)) is not None]
     for place, number in numbers[:16]:
         for word in words[place + 1 : place + 4]:
             unit = _UNIT_OF.get(word)
             if unit is not None:
                 amounts[unit] = math.log1p(number)
+                if place and words[place - 1] in _ASKING:
+                    asked = max(asked, min(number, 20_000.0) * _TOKENS_OF_ONE.get(unit, 0.0))
                 break
     largest = max((number for _, number in numbers), default=None)
-    return [*amounts.values(), _log(min(largest, 1e6)) if largest is not None else ABSENT, float(len(numbers))]
+    return [
+        *amounts.values(),
+        _log(min(largest, 1e6)) if largest is not None else ABSENT,
+        float(len(numbers)),
+        math.log(asked) if asked >= 1.0 else ABSENT,
+    ]
 
 
 def _number(word: str) -> float | None:

@@ -46,6 +46,19 @@ class Drift:
             self.widening = min(max(wider, 1.0 / self.WIDENING_MAX), self.WIDENING_MAX)
 
 
+def load_placer(path: Path) -> Placer:
+    """A model file of ``block length train``, or the folder of a transformer regressor.
+
+    Raises:
+        BadInputError, ConfigError: it cannot be used.
+    """
+    if path.is_dir():
+        from block.length.transformer import load_transformer
+
+        return load_transformer(path)
+    return load_model(path)
+
+
 class LearnedEstimator(Estimator):
     """Reads the prompt. A request without text gets its model's history, and before there is any, the prior.
 
@@ -61,7 +74,7 @@ class LearnedEstimator(Estimator):
 
     def __init__(self, *, model: str | Path | Placer | None = None, correct: bool = True) -> None:
         super().__init__()
-        self.model: Placer = load_model(Path(model or SHIPPED)) if isinstance(model, str | Path | None) else model
+        self.model: Placer = load_placer(Path(model or SHIPPED)) if isinstance(model, str | Path | None) else model
         self._first = self.bank.extend(self.model.family.survivals())
         self._history = HistoryEstimator(bank=self.bank)
         self._correct = correct

@@ -3,7 +3,8 @@
 It says where the logarithm of an answer's length lies and how widely it spreads:
 
     words    = w . x / |x| + v . (dense - mean) + u . vector           x: hashed words, weighted by how rare they are
-    effect   = mix * trees(dense, words, offset, spread) + (1 - mix) * words        shared by all served models
+    pull     = pull_weight * (log of the tokens that the prompt asks for - offset[m]), 0 where it asks for none
+    effect   = mix * trees(dense, words, offset, spread) + (1 - mix) * words + pull     shared by all served models
     location = offset[m] + slope[m] * effect                          offset, slope, width: one per served model m
     scale    = width[m] * exp(trees(dense, effect, offset, spread))
 
@@ -20,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from block.errors import BadInputError
+from block.length.distribution import Floats
 from block.length.family import Family
-from block.length.features import DENSE_NAMES, HASH_SIZE, features_of
+from block.length.features import ABSENT, ASKED, DENSE_NAMES, HASH_SIZE, features_of
 from block.length.trees import Trees
 
 FORMAT = "block-length"
@@ -88,6 +90,7 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
     vector_weight: Vector
     location_trees: Trees
     scale_trees: Trees
+    pull_weight: float
     mix: float
     family: Family
     served: dict[str, ServedModel]
@@ -98,16 +101,17 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
     def place(self, text: str, max_tokens: int | None, model: str) -> Place:
         """Where the answer to ``text`` lies. Bounded work; raises nothing whatever the text."""
         features = features_of(text, max_tokens)
+        known = self.served.get(model)
+        served = known or self.unknown
         rarity = self.rarity[features.words]
         norm = float(np.sqrt(rarity @ rarity)) or 1.0
         words = self.intercept + float(rarity @ self.linear[features.words]) / norm
         words += float(np.clip(features.dense - self.dense_mean, -CLIP, CLIP) @ self.dense_weight)
         if self.encoder is not None:
             words += float((self.encoder.encode([text])[0] - self.vector_mean) @ self.vector_weight)
-        known = self.served.get(model)
-        served = known or self.unknown
         row = np.concatenate([features.dense, np.array([words, served.offset, served.spread], dtype=np.float32)])
-        effect = self.mix * self.location_trees.one(row) + (1.0 - self.mix) * words
+        pull = self.pull_weight * float(asked_pull(features.dense[None, :], served.offset)[0])
+        effect = self.mix * self.location_trees.one(row) + (1.0 - self.mix) * words + pull
         row[-3] = effect
         scale = served.width * float(np.exp(self.scale_trees.one(row)))
         return Place(served.offset + served.slope * effect, scale, known is not None)
@@ -121,7 +125,7 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
             arrays |= {f"{name}_{field}": getattr(trees, field) for field in _TREES}
         header = {
             "format": FORMAT, "version": VERSION, "features": list(DENSE_NAMES), "hash_size": HASH_SIZE,
-            "intercept": self.intercept, "mix": self.mix, "about": self.about,
+            "intercept": self.intercept, "pull_weight": self.pull_weight, "mix": self.mix, "about": self.about,
             "encoder": None if self.encoder is None else self.encoder.about,
             "unknown": msgspec.to_builtins(self.unknown),
             "served": [msgspec.to_builtins(served) for served in self.served.values()],
@@ -129,6 +133,14 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
         with path.open("wb") as file:
             np.savez_compressed(file, **arrays)
+
+
+def asked_pull(dense: Vector, offset: Floats | float) -> Floats:
+    """How far the length that each prompt asks for lies from its model's level, in logs; 0 where it asks for none.
+    ``dense``: (n, dense features); ``offset``: (n,) or one. Shape (n,)."""
+    asked = dense[:, ASKED].astype(np.float64)
+    pull: Floats = np.where(asked == ABSENT, 0.0, asked - offset)
+    return pull
 
 
 def load_model(path: Path) -> LengthModel:
@@ -172,10 +184,11 @@ def _of_arrays(arrays: dict[str, NDArray[Any]], header: dict[str, Any]) -> Lengt
 
         encoder = encoder_of(header["encoder"])
     return LengthModel(
-        **{name: arrays[name].astype(np.float32) for name in _FLOAT32},  # type: ignore[arg-type]
+        **{name: arrays[name].astype(np.float32) for name in _FLOAT32},
         intercept=float(header["intercept"]),
         location_trees=Trees(*(arrays[f"location_{field}"] for field in _TREES)),
         scale_trees=Trees(*(arrays[f"scale_{field}"] for field in _TREES)),
+        pull_weight=float(header["pull_weight"]),
         mix=float(header["mix"]),
         family=Family(*(arrays[name].astype(np.float64) for name in _FAMILY)),
         served={model.name: model for model in msgspec.convert(header["served"], list[ServedModel])},

@@ -108,7 +108,8 @@ def tell_prompt_length(train: Sequence[Record]) -> Teller:
     def tell(records: Sequence[Record]) -> Told:
         lines = [fits.get(r.model) or next(iter(fits.values())) for r in records]
         at = [(a + b * np.log1p(len(r.text))) + res for r, (a, b, res) in zip(records, lines, strict=True)]
-        return np.exp(np.array(at))
+        told: Told = np.exp(np.array(at))
+        return told
 
     return tell
 
@@ -149,7 +150,7 @@ def cross_validate(
             continue
         for name, make in tellers.items():
             progress(f"fold {k + 1} of {folds}: {name}")
-            told[name][out] = make(train)([records[i] for i in out])
+            told[name][out] = make(train)([records[int(i)] for i in out])
     return told
 
 

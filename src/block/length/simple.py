@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,14 @@ PENDING_MAX = 65_536
 
 MODELS_SCORED_MAX = 64
 """Served models whose accuracy is kept apart; the one silent longest is forgotten first."""
+
+
+class Reading(NamedTuple):
+    """One figure for the metrics: a counter where the name ends in ``_total``, else a gauge."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
 
 
 class Estimator:
@@ -54,6 +63,19 @@ class Estimator:
             self.accuracy.record(*told, output_tokens)
             self._accuracy_of(request.model).record(*told, output_tokens)
         self._learn(request, output_tokens, estimate)
+
+    def readings(self) -> Iterator[Reading]:
+        """What a gateway exports: how many estimates came from where, and each served model's accuracy of late."""
+        for source, count in self.sources.items():
+            yield Reading("block_length_estimates_total", {"source": source}, float(count))
+        for model, accuracy in self.accuracy_of.items():
+            for name, value in (
+                ("block_length_error_tokens", accuracy.error_tokens),
+                ("block_length_bias_tokens", accuracy.bias_tokens),
+                ("block_length_coverage_fraction", accuracy.coverage_fraction),
+            ):
+                if value is not None:
+                    yield Reading(name, {"model_name": model}, value)
 
     def _row_for(self, request: Request) -> Estimate:
         raise NotImplementedError

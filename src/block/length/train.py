@@ -21,7 +21,7 @@ from block.errors import BadInputError, ConfigError
 from block.length.distribution import Floats
 from block.length.family import fit_family
 from block.length.features import HASH_SIZE, Features, features_of
-from block.length.model import LengthModel, ServedModel, TextEncoder, Vector
+from block.length.model import LengthModel, ServedModel, TextEncoder, Vector, asked_pull
 from block.length.records import Record, prompt_key
 from block.length.ridge import WordsRidge
 from block.length.trees import DEPTH_MAX, Trees, from_lightgbm
@@ -30,11 +30,15 @@ FOLDS = 5
 RECORDS_MIN = 50
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SLOPES = np.linspace(0.0, 1.3, 27)
+_PULLS = np.linspace(0.0, 1.0, 21)
 _SHRINK = 30.0
+PULL_PRIOR = 0.6
+"""How much of the way from its usual length to an asked one a model goes, before there is evidence."""
 
 
 class Table(msgspec.Struct, frozen=True):
-    """Records as arrays. ``vectors``: (n, dimensions), of none without an encoder; ``words``: sparse (n, HASH_SIZE) of ones; ``prompt``: index of the normalised prompt."""
+    """Records as arrays. ``words``: sparse (n, HASH_SIZE) of ones; ``vectors``: (n, dimensions), of none without an
+    encoder; ``prompt``: index of the normalised prompt."""
 
     dense: Vector
     vectors: Vector
@@ -93,16 +97,19 @@ def fit(
     table = tabulate(records, encoder)
     if len(np.unique(table.fold)) < FOLDS:
         raise BadInputError("The records are of too few different prompts to train on.")
-    offset, spread = _levels(table)
+    offset, spread = levels(table.log_tokens, table.model)
     target = table.log_tokens - offset[table.model]
+    pull = asked_pull(table.dense, offset[table.model])
+    pull_weight = _pull_weight(table, target, pull)
+    rest = target - pull_weight * pull
 
     ridge = WordsRidge(table.words, table.dense, table.vectors, table.prompt, table.fold)
-    score = ridge.out_of_fold(target)
+    score = ridge.out_of_fold(rest)
     columns = np.column_stack([table.dense, score, offset[table.model], spread[table.model]]).astype(np.float32)
     location = _Boost(rounds, threads, _leaf_rows(table), "l1")
-    guess = location.out_of_fold(columns, target, table.fold)
-    mix = min(MIXES, key=lambda m: float(np.abs(target - m * guess - (1 - m) * score).mean()))
-    effect = mix * guess + (1 - mix) * score
+    guess = location.out_of_fold(columns, rest, table.fold)
+    mix = min(MIXES, key=lambda m: float(np.abs(rest - m * guess - (1 - m) * score).mean()))
+    effect = mix * guess + (1 - mix) * score + pull_weight * pull
     slope = _slopes(table, target, effect)
     residual = target - slope[table.model] * effect
 
@@ -114,7 +121,7 @@ def fit(
     width = _widths(table, residual, told)
     family = fit_family(residual, told * width[table.model], table.truncated)
 
-    linear = ridge.fit(target)
+    linear = ridge.fit(rest)
     served = {
         name: ServedModel(name, int((table.model == m).sum()), *(float(part[m]) for part in (offset, spread, slope, width)))
         for m, name in enumerate(table.models)
@@ -122,8 +129,8 @@ def fit(
     return LengthModel(
         linear=linear.words, rarity=ridge.rarity, intercept=linear.intercept, dense_mean=ridge.mean,
         dense_weight=linear.dense, vector_mean=ridge.vector_mean, vector_weight=linear.vector, encoder=encoder,
-        location_trees=location.fit(columns, target), scale_trees=width_boost.fit(columns_effect, log_spread),
-        mix=mix, family=family, served=served, unknown=_typical(served),
+        location_trees=location.fit(columns, rest), scale_trees=width_boost.fit(columns_effect, log_spread),
+        pull_weight=pull_weight, mix=mix, family=family, served=served, unknown=typical(served),
         about={"records": len(records), "prompts": int(table.prompt.max()) + 1},
     )  # fmt: skip
 
@@ -172,13 +179,25 @@ def _leaf_rows(table: Table) -> int:
     return int(min(20 * max(rows / (table.prompt.max() + 1), 1.0), max(rows / 12, 5)))
 
 
-def _levels(table: Table) -> tuple[Floats, Floats]:
-    """Median and mean absolute deviation of each model's log-lengths, shrunk towards those of all."""
-    grand = float(np.median(table.log_tokens))
-    wide = float(np.abs(table.log_tokens - grand).mean())
-    offset, spread = np.zeros(len(table.models)), np.zeros(len(table.models))
-    for m in range(len(table.models)):
-        own = table.log_tokens[table.model == m]
+def _pull_weight(table: Table, target: Floats, pull: Floats) -> float:
+    """How much of an asked length is delivered, 0-1: least absolute error, with a prior worth ``_SHRINK`` prompts."""
+    asked = pull != 0
+    prompts = len(np.unique(table.prompt[asked]))
+    if not prompts:
+        return PULL_PRIOR
+    errors = np.abs(target[asked][:, None] - pull[asked][:, None] * _PULLS[None, :]).mean(axis=0)
+    told = float(_PULLS[int(np.argmin(errors))])
+    return float(np.clip((prompts * told + _SHRINK * PULL_PRIOR) / (prompts + _SHRINK), 0.0, 1.0))
+
+
+def levels(log_tokens: Floats, model: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Median and mean absolute deviation of the log-lengths of each served model, shrunk towards those of all."""
+    grand = float(np.median(log_tokens))
+    wide = float(np.abs(log_tokens - grand).mean())
+    models = int(model.max()) + 1
+    offset, spread = np.zeros(models), np.zeros(models)
+    for m in range(models):
+        own = log_tokens[model == m]
         kept = len(own) / (len(own) + 5.0)
         offset[m] = kept * np.median(own) + (1 - kept) * grand
         spread[m] = kept * np.abs(own - np.median(own)).mean() + (1 - kept) * wide
@@ -209,10 +228,11 @@ def _widths(table: Table, residual: Floats, told: Floats) -> Floats:
         own = table.model == m
         count = int(own.sum())
         width[m] = (count * float(np.median(np.abs(residual[own]) / told[own])) + _SHRINK * shared) / (count + _SHRINK)
-    return np.maximum(width, 1e-3)
+    floored: Floats = np.maximum(width, 1e-3)
+    return floored
 
 
-def _typical(served: dict[str, ServedModel]) -> ServedModel:
+def typical(served: dict[str, ServedModel]) -> ServedModel:
     """What to believe of a served model that the records do not hold: the record-weighted mean of those they do."""
     models = list(served.values())
     weight = np.array([min(model.records, 500) for model in models], dtype=float)

@@ -161,6 +161,29 @@ class PredictedE2eAndPreemptions:
         return prediction.e2e_s + self.preemption_s * prediction.preemptions
 
 
+class PredictedE2eGuarded:
+    """Predicted E2E, with a price on what spoils a cluster near saturation.
+
+    ``late_weight`` seconds for each second of predicted TTFT beyond ``ttft_s`` (alone, E2E crowds fast instances), and
+    ``preemption_s`` for each preemption foreseen (recomputation is lost throughput).
+    """
+
+    needs: ClassVar = Evidence.PREDICTION
+    harm: ClassVar = False
+
+    def __init__(self, ttft_s: float, late_weight: float, preemption_s: float) -> None:
+        if min(ttft_s, late_weight, preemption_s) < 0:
+            raise ConfigError("ttft_s, late_weight and preemption_s must not be negative.")
+        self.ttft_s, self.late_weight, self.preemption_s = ttft_s, late_weight, preemption_s
+
+    def cost(self, request: Request, candidate: Candidate) -> float | None:
+        prediction = candidate.prediction
+        if prediction is None:
+            return None
+        late_s = max(0.0, prediction.ttft_s - self.ttft_s)
+        return prediction.e2e_s + self.late_weight * late_s + self.preemption_s * prediction.preemptions
+
+
 class PredictedHarm:
     """Predicted E2E of the new request plus ``weight`` times the latency that it adds to the others (both seconds)."""
 

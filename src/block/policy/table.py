@@ -14,48 +14,60 @@ from block.policy.shortlist import Everyone, RandomSubset, Rotation, Shortlist
 class Policy(NamedTuple):
     """A shortlist and a rank under a name. Make one per gateway: a shortlist may own state (whose turn it is).
 
-    ``hold``: when to keep a request at the gateway instead of sending it now; ``None``: never.
+    ``hold``: when to keep a request at the gateway instead of sending it now; ``None``: never. ``belief``: what-ifs let
+    the requests present end at this quantile (0-1) of what is still possible for each; ``None``: at its mean.
     """
 
     name: str
     shortlist: Shortlist
     rank: Rank
     hold: Hold | None = None
+    belief: float | None = None
 
 
 class PolicySpec(NamedTuple):
-    """One row of the table; ``make`` takes the policy's options, all with defaults."""
+    """One row of the table; ``make`` takes the policy's options, all with defaults, and leaves the name open."""
 
     description: str
-    make: Callable[..., tuple[Shortlist, Rank]]
+    make: Callable[..., Policy]
 
 
-def _block_k(k: int = 2) -> tuple[Shortlist, Rank]:
-    return RandomSubset(k), ranks.PredictedE2e()
+def _power_of_k(k: int = 2) -> Policy:
+    return Policy("", RandomSubset(k), ranks.LeastOutstanding())
 
 
-def _block_preemptions(preemption_s: float = 0.5) -> tuple[Shortlist, Rank]:
-    return Everyone(), ranks.PredictedE2eAndPreemptions(preemption_s)
+def _block_k(k: int = 2) -> Policy:
+    return Policy("", RandomSubset(k), ranks.PredictedE2e())
 
 
-def _block_harm(weight: float = 1.0) -> tuple[Shortlist, Rank]:
-    return Everyone(), ranks.PredictedHarm(weight)
+def _block_preemptions(preemption_s: float = 0.5) -> Policy:
+    return Policy("", Everyone(), ranks.PredictedE2eAndPreemptions(preemption_s))
 
 
-def _power_of_k(k: int = 2) -> tuple[Shortlist, Rank]:
-    return RandomSubset(k), ranks.LeastOutstanding()
+def _block_harm(weight: float = 1.0) -> Policy:
+    return Policy("", Everyone(), ranks.PredictedHarm(weight))
 
 
-def _everyone(rank: Callable[[], Rank]) -> Callable[[], tuple[Shortlist, Rank]]:
-    def make() -> tuple[Shortlist, Rank]:
-        return Everyone(), rank()
+def _block_late(
+    belief: float = 0.3, ttft_s: float = 0.5, late_weight: float = 5.0, preemption_s: float = 1.0,
+    delay_s: float = 0.05, most_s: float = 10.0, ahead: int = 8,
+) -> Policy:  # fmt: skip
+    if not 0 < belief < 1:
+        raise ConfigError(f"belief must be between 0 and 1, not {belief}.")
+    rank = ranks.PredictedE2eGuarded(ttft_s, late_weight, preemption_s)
+    return Policy("", Everyone(), rank, Hold(delay_s=delay_s, preemptions=1, most_s=most_s, ahead=ahead), belief)
+
+
+def _everyone(rank: Callable[[], Rank]) -> Callable[[], Policy]:
+    def make() -> Policy:
+        return Policy("", Everyone(), rank())
 
     return make
 
 
 POLICIES: dict[str, PolicySpec] = {
     "random": PolicySpec("any instance", _everyone(ranks.Indifferent)),
-    "round-robin": PolicySpec("each in turn", lambda: (Rotation(), ranks.Indifferent())),
+    "round-robin": PolicySpec("each in turn", lambda: Policy("", Rotation(), ranks.Indifferent())),
     "least-outstanding": PolicySpec("fewest requests in flight", _everyone(ranks.LeastOutstanding)),
     "power-of-two": PolicySpec("fewest requests in flight of k (2) at random", _power_of_k),
     "min-qpm": PolicySpec("fewest requests sent in the last minute (LiteLLM)", _everyone(ranks.LeastDispatched)),
@@ -77,6 +89,10 @@ POLICIES: dict[str, PolicySpec] = {
     "block-ttft": PolicySpec("lowest predicted TTFT of all instances", _everyone(ranks.PredictedTtft)),
     "block-preemptions": PolicySpec("predicted E2E, plus preemption_s (0.5) for each one foreseen", _block_preemptions),
     "block-harm": PolicySpec("predicted E2E plus weight (1) times the latency added to the others", _block_harm),
+    "block-late": PolicySpec(
+        "predicted E2E guarded against late starts and preemptions; kept at the gateway while all would be so",
+        _block_late,
+    ),
 }
 
 
@@ -106,8 +122,7 @@ def make_policy(name: str, **options: Any) -> Policy:
             raise ConfigError(
                 f"The option {option} of the policy {name} must be a number like {default}, not {given!r}."
             )
-    shortlist, rank = spec.make(**options)
-    return Policy(name, shortlist, rank)
+    return spec.make(**options)._replace(name=name)
 
 
 def policy_from(text: str) -> Policy:

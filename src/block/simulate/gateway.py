@@ -118,7 +118,7 @@ class Gateway:
     def _predict(
         self, request: Request, estimate: Estimate, listed: Sequence[InstanceId], views: list[View], now_s: float
     ) -> list[Prediction]:
-        renew_beliefs(views, self._bank)
+        renew_beliefs(views, self._bank, self.policy.belief)
         harm = self.policy.rank.harm
         total = round(estimate.expected_total(0))
         most = min(self._instances[i].most_tokens(request.prompt_tokens, request.max_tokens) for i in listed)

@@ -1,7 +1,7 @@
 cdef class StepCurve:
     cdef readonly double[::1] decode_base
     cdef readonly double[::1] mixed_base
-    cdef readonly double kv_s, attention_s, chunk_s, request_s
+    cdef readonly double kv_s, kv_mixed_s, attention_s, chunk_s, request_s
     cdef readonly double launch_decode_s, launch_graph_s, launch_eager_s, launch_request_s
     cdef readonly double head_s
     cdef readonly long long graph_tokens

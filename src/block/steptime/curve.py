@@ -1,8 +1,8 @@
 """How long one step takes: the compiled evaluation of a step-time profile.
 
-A decode-only step of n requests takes ``decode_base[n] + kv_s * context``: linear in the context, so that many steps of one
-batch have a closed form. A step with prefill takes ``mixed_base[tokens] + request_s * n + kv_s * context + attention_s * prefill_work
-+ chunk_s * chunks``, where tokens are the batch's, decoding ones included.
+A decode-only step of n requests takes ``decode_base[n] + kv_s * context``: linear in the context, so that many steps of one batch
+have a closed form. A step with prefill takes ``mixed_base[tokens] + request_s * n + kv_mixed_s * context +
+attention_s * prefill_work + chunk_s * chunks``, where tokens are the batch's, decoding ones included.
 ``launch_s`` is how long the CPU is busy with scheduling and launching the step:
 the results of the step before it are not looked at earlier. An idle accelerator starts ``head_s`` after the step is
 scheduled. See docs/engine-model.md.
@@ -18,13 +18,16 @@ class StepCurve:
     launched by itself (``launch_eager_s``).
     """
 
-    def __init__(self, decode_base, mixed_base, kv_s, attention_s, chunk_s, request_s, launch_decode_s,
+    # fmt: off
+    def __init__(self, decode_base, mixed_base, kv_s, kv_mixed_s, attention_s, chunk_s, request_s, launch_decode_s,
                  launch_graph_s, launch_eager_s, launch_request_s, head_s, graph_tokens):
+        # fmt: on
         if len(decode_base) < 2 or len(mixed_base) < 2:
             raise ValueError("a step curve needs at least two points a table")
         self.decode_base = decode_base
         self.mixed_base = mixed_base
         self.kv_s = kv_s
+        self.kv_mixed_s = kv_mixed_s
         self.attention_s = attention_s
         self.chunk_s = chunk_s
         self.request_s = request_s
@@ -53,8 +56,8 @@ class StepCurve:
             base = self.mixed_base[tokens]
         else:
             base = self.mixed_base[last] + (tokens - last) * (self.mixed_base[last] - self.mixed_base[last - 1])
-        return (base + self.request_s * decode_requests + self.kv_s * context + self.attention_s * prefill_work
-                + self.chunk_s * chunks)
+        base += self.request_s * decode_requests + self.kv_mixed_s * context
+        return base + self.attention_s * prefill_work + self.chunk_s * chunks
 
     def launch_s(self, decode_requests, prefill_tokens, chunks):
         """Seconds that the CPU is busy with one step: from taking in results over scheduling to its last kernel launch."""

@@ -10,6 +10,7 @@ from block.steptime.regress import Floats
 from block.steptime.steplog import StepLog
 
 IDLE_MOST_S = 0.02  # a first schedule later than this after an arrival had another reason
+OUTPUT_MOST_S = 0.05  # an end later than this after a step was of a step that the log lacks
 FEW = 5
 
 
@@ -37,7 +38,11 @@ def fit_delays(stages: Sequence[tuple[StepLog, Calls]]) -> Delays:
     """
     inputs = np.concatenate([_wakes(log, calls) for log, calls in stages] or [np.zeros(0)])
     outputs = np.concatenate([_ends(log, calls) for log, calls in stages] or [np.zeros((0, 2))])
-    input_s = float(np.median(inputs)) if len(inputs) >= FEW else 0.0
+    taking_in = np.concatenate([_taking_in(log) for log, _ in stages] or [np.zeros(0)])
+    input_s = 0.0
+    if len(inputs) >= FEW and len(taking_in):
+        # A launch is counted from the results before it, so the input delay must not count the taking in again.
+        input_s = max(float(np.median(inputs) - np.median(taking_in)), 0.0)
     if len(outputs) < FEW:
         return Delays(input_s, 0.0, 0.0)
     batch, late = outputs[:, 0], np.minimum(outputs[:, 1], np.percentile(outputs[:, 1], 95))
@@ -55,9 +60,16 @@ def _wakes(log: StepLog, calls: Calls) -> Floats:
     return np.asarray(waited[(waited > 0) & (waited < IDLE_MOST_S)])
 
 
+def _taking_in(log: StepLog) -> Floats:
+    """From a step's results to the next schedule(), in a running engine."""
+    s, u = log.scheduled_s, log.finished_s
+    return np.asarray((s[2:] - u[:-2])[(s[2:] > u[:-2]) & (s[2:] < u[1:-1])])
+
+
 def _ends(log: StepLog, calls: Calls) -> Floats:
     """Rows (batch size of the step, delay) of the requests' last tokens."""
     k = np.searchsorted(log.finished_s, calls.ended_s) - 1
-    k, ended = k[k >= 0], calls.ended_s[k >= 0]
+    late = calls.ended_s - log.finished_s[k]
+    seen = (k >= 0) & (late < OUTPUT_MOST_S)
     batch = log.decode_requests[k] + log.chunks[k]
-    return np.column_stack([batch, ended - log.finished_s[k]])
+    return np.column_stack([batch, late])[seen]

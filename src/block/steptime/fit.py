@@ -21,6 +21,7 @@ from block.steptime.windows import errors_by_regime
 from block.steptime.work import WorkFit, fit_work, samples, together
 
 LAUNCH_ROUNDS = 2
+MIXED_FEW = 20  # fewer steps that show a prefill's work say less than arithmetic does
 
 Logs = Sequence[tuple[StepLog, EngineLimits]]
 
@@ -37,7 +38,10 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def fit_profile(
-    logs: Logs, subject: Subject, progress: Callable[[str], None] = lambda stage: None, calls: Sequence[tuple[StepLog, Calls]] = ()
+    logs: Logs,
+    subject: Subject,
+    progress: Callable[[str], None] = lambda stage: None,
+    calls: Sequence[tuple[StepLog, Calls]] = (),
 ) -> StepTimeProfile:
     """Fit logs of one (GPU, model, tensor parallelism), of asynchronous scheduling; errors by regime are in the profile.
 
@@ -62,11 +66,14 @@ def fit_profile(
         launch = fit_launch(seen, launch)
     progress("steps with prefill")
     mixed = [
-        samples(log, limits, i, *work_samples(one, launch)) for i, ((log, limits), one) in enumerate(zip(logs, seen, strict=True))
+        samples(log, limits, i, *work_samples(one, launch))
+        for i, ((log, limits), one) in enumerate(zip(logs, seen, strict=True))
     ]
-    work = fit_work(together([*plain, *mixed]), subject.prior)
-    if work is None or not sum(len(m.seconds) for m in mixed):
+    enough = sum(len(m.seconds) for m in mixed) >= MIXED_FEW
+    if not enough and subject.prior is None:
         raise BadInputError("The step logs hold too few steps with prefill to fit a profile.")
+    work = fit_work(together([*plain, *mixed]) if enough else together(plain), subject.prior)
+    assert work is not None  # there were enough samples before
     progress("windows")
     most = max(int(log.decode_requests.max()) for log, _ in logs)
     profile = refine(logs, _profile(work, launch, most, subject), lambda: progress("windows"))
@@ -91,6 +98,7 @@ def _profile(work: WorkFit, launch: LaunchFit, most: int, subject: Subject) -> S
         decode_knots=work.decode_table(most),
         mixed_knots=work.mixed_table(),
         kv_s=work.kv_s,
+        kv_mixed_s=work.kv_s + work.mixed_kv_s,
         attention_s=work.attention_s,
         chunk_s=work.chunk_s,
         request_s=work.request_s,

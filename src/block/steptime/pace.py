@@ -1,9 +1,9 @@
 """What a step log shows of the two clocks of a step: the CPU's launch, and the end on the accelerator.
 
-Theory: let S be when a step is scheduled and U when its results are taken in. U(k-1) = max(end of k-1 on the accelerator, S(k) + launch(k)).
-Launching a step with prefill takes longer than a decode step executes, so U(k-1) then shows the launch of k, and
-the end of k-1 has to be inferred: end(k-2) + its modelled time. Knowing the ends, a step's work is end(k) - end(k-1) where it
-exceeds its launch. The sums are right whichever way single durations look.
+Theory: let S be when a step is scheduled and U when its results are taken in. The CPU looks at the results of k-1 only after
+launching k, so U(k-1) = max(end of k-1 on the accelerator, S(k) + launch(k)). Launching a step with prefill takes longer
+than a decode step executes: U(k-1) then shows the launch of k, and the end of k-1 has to be inferred as end(k-2) + its
+modelled time. Knowing the ends, a step's work is end(k) - end(k-1) where it exceeds its launch.
 """
 
 from collections.abc import Sequence
@@ -69,8 +69,12 @@ def first_launch(seen: Sequence[Observed]) -> LaunchFit:
                 times[one.kinds[k]].append(s[k + 1] - s[k])
             elif s[k] < u[k - 1]:
                 bounds[one.kinds[k]].append(u[k - 1] - u[k - 2])
-    found = [np.median(t) if len(t) >= LAUNCHES_FEW else (np.percentile(b, 10) if b else 0.0) for t, b in zip(times, bounds, strict=True)]
-    found[DECODE] = min(np.percentile(bounds[DECODE], 0.5), DECODE_LAUNCH_S) if bounds[DECODE] else DECODE_LAUNCH_S
+    found = [
+        float(np.median(t)) if len(t) >= LAUNCHES_FEW else float(np.percentile(b, 10)) if b else 0.0
+        for t, b in zip(times, bounds, strict=True)
+    ]
+    least = float(np.percentile(bounds[DECODE], 0.5)) if bounds[DECODE] else DECODE_LAUNCH_S
+    found[DECODE] = min(least, DECODE_LAUNCH_S)
     return LaunchFit(np.maximum.accumulate(np.array(found)), 0.0)
 
 
@@ -156,6 +160,7 @@ def work_samples(one: Observed, launch: LaunchFit) -> tuple[npt.NDArray[np.int64
     work = u[k] - began
     seen = ~np.isnan(began) & (u[k] > s[k] + took + MARGIN_S) & (work > LEAST_FRACTION * one.decode_s[k])
     return k[seen], work[seen]
+
 
 def steady(log: StepLog) -> npt.NDArray[np.int64]:
     """Indices of steps whose work is the distance of results: decode-only between such, the CPU waiting for each."""

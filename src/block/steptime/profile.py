@@ -29,7 +29,8 @@ class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Seconds per step of one (GPU, model, tensor parallelism); see ``curve.StepCurve`` for the formula.
 
     ``decode_knots``: (decode requests, seconds), ``mixed_knots``: (tokens of a step with prefill, seconds), both linear
-    between knots and beyond the last two. ``caching_s``: what every step takes longer with prefix caching on.
+    between knots and beyond the last two. ``kv_mixed_s``: seconds a context token in steps with prefill
+    [kv_s]. ``caching_s``: what every step takes longer with prefix caching on.
     ``input_s``: from the API's arrival to the scheduler's queue; ``output_s`` + ``output_request_s`` per request of the
     batch: from a step's results to the caller.
     """
@@ -43,6 +44,7 @@ class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     decode_knots: Knots
     mixed_knots: Knots
     kv_s: float
+    kv_mixed_s: float | None = None
     attention_s: float = 0.0
     chunk_s: float = 0.0
     request_s: float = 0.0
@@ -67,8 +69,10 @@ class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         more_s = self.caching_s if limits.enable_prefix_caching else 0.0
         return StepCurve(
             _dense(self.decode_knots, scale, more_s), _dense(self.mixed_knots, scale, more_s), self.kv_s * scale,
+            (self.kv_s if self.kv_mixed_s is None else self.kv_mixed_s) * scale,
             self.attention_s * scale, self.chunk_s * scale, self.request_s * scale, self.launch_decode_s * scale,
-            self.launch_graph_s * scale, self.launch_eager_s * scale, self.launch_request_s * scale, self.head_s * scale, graph_tokens(limits),
+            self.launch_graph_s * scale, self.launch_eager_s * scale, self.launch_request_s * scale, self.head_s * scale,
+            graph_tokens(limits),
         )  # fmt: skip
 
 
@@ -122,4 +126,6 @@ def profile_for(gpu: str, model: str, tensor_parallel: int = 1) -> StepTimeProfi
         profile = load_profile(name)
         if (profile.gpu, profile.model, profile.tensor_parallel) == (gpu, model, tensor_parallel):
             return profile
-    raise UnknownNameError("profile for", f"{model} on {gpu} with tensor parallelism {tensor_parallel}", profile_names())
+    raise UnknownNameError(
+        "profile for", f"{model} on {gpu} with tensor parallelism {tensor_parallel}", profile_names()
+    )

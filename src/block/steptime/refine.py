@@ -18,7 +18,7 @@ from block.steptime.windows import Window, windows
 
 LEAST, MOST = 0.85, 1.2
 PAUSE_FRACTION = 0.25  # a window that the starting profile misses by more had a pause in it
-PULL_S = 1e-3  # a factor this much off 1, as a fraction, counts as much as a typical window that is this many seconds off
+PULL_S = 1e-3  # what being off 1 by a hundred per cent counts, in seconds of a typical window
 
 
 def scaled(profile: StepTimeProfile, factor: float) -> StepTimeProfile:

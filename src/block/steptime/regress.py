@@ -16,7 +16,9 @@ def rises(x: Floats, knots: Floats) -> Floats:
     """
     lengths = np.diff(knots)
     lengths[-1] = np.inf
-    return np.column_stack([np.ones(len(x)), *(np.clip(x - low, 0, length) for low, length in zip(knots, lengths, strict=False))])
+    return np.column_stack(
+        [np.ones(len(x)), *(np.clip(x - low, 0, length) for low, length in zip(knots, lengths, strict=False))]
+    )
 
 
 def hinges(x: Floats, knots: Floats) -> Floats:
@@ -53,7 +55,9 @@ def solve(columns: Floats, target: Floats, weights: Floats, penalty: Floats, kne
     ``knee``: weighted errors beyond it count linearly, not squared (iteratively reweighted); ``None``: all squared.
     """
     found = _least_squares(columns, target, weights, penalty)
-    for _ in range(REWEIGHTINGS if knee else 0):
+    if knee is None:
+        return found
+    for _ in range(REWEIGHTINGS):
         error = (columns @ found - target) * weights
         found = _least_squares(columns, target, weights / np.sqrt(np.sqrt(1 + (error / knee) ** 2)), penalty)
     return found

@@ -9,7 +9,16 @@ import msgspec
 from block.engine.limits import EngineLimits
 from block.errors import BadInputError
 from block.steptime.delays import Calls
-from block.steptime.steplog import REQUESTS_SUFFIX, STEPS_SUFFIX, Run, StepLog, read_rows, read_run, read_stage_steps, rows_as_floats
+from block.steptime.steplog import (
+    REQUESTS_SUFFIX,
+    STEPS_SUFFIX,
+    Run,
+    StepLog,
+    read_rows,
+    read_run,
+    read_stage_steps,
+    rows_as_floats,
+)
 
 WARM_UP = "warm"  # stages of this name heat up an engine; their first steps are not typical
 
@@ -49,7 +58,8 @@ def read_measured(paths: Iterable[Path]) -> Measured:
         raise BadInputError("There is nothing to fit: name run directories or step logs.")
     subjects = {(run.gpu, run.model, run.tensor_parallel) for run in runs}
     if len(subjects) > 1:
-        raise BadInputError(f"One profile is of one GPU and model, not of {len(subjects)}: {', '.join(sorted(f'{m} on {g}' for g, m, _ in subjects))}.")
+        names_of = ", ".join(sorted(f"{model} on {gpu}" for gpu, model, _ in subjects))
+        raise BadInputError(f"One profile is of one GPU and model, not of {len(subjects)}: {names_of}.")
     return Measured(logs, calls, runs[0].gpu, runs[0].model, runs[0].tensor_parallel, runs[0].model_config, names)
 
 

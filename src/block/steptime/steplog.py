@@ -44,7 +44,7 @@ class StepLog(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def pure_decode(self) -> npt.NDArray[np.bool_]:
-        return self.chunks == 0
+        return np.asarray(self.chunks == 0)
 
     @property
     def tokens(self) -> Floats:
@@ -127,7 +127,9 @@ def read_steps(file: Path) -> StepLog:
     Raises:
         BadInputError: the file is not a step log.
     """
-    rows = read_rows(file, ("schedule_start_s", "update_start_s", "decode_requests", "decode_context_tokens", "prefill_chunks"))
+    rows = read_rows(
+        file, ("schedule_start_s", "update_start_s", "decode_requests", "decode_context_tokens", "prefill_chunks")
+    )
     try:
         chunks = [_chunks(row["prefill_chunks"]) for row in rows]
         numbers = {

@@ -47,7 +47,9 @@ def windows(log: StepLog, profile: StepTimeProfile, limits: EngineLimits) -> Ite
     """Cut a log into windows and play each with the profile (for asynchronous scheduling)."""
     curve = profile.curve(limits=limits)
     s, u = log.scheduled_s.tolist(), log.finished_s.tolist()
-    shape = np.column_stack([log.decode_requests, log.context, log.prefill_tokens, log.prefill_work, log.chunks]).tolist()
+    shape = np.column_stack(
+        [log.decode_requests, log.context, log.prefill_tokens, log.prefill_work, log.chunks]
+    ).tolist()
     work = [curve.gpu_s(int(n), k, int(p), w, int(c)) for n, k, p, w, c in shape]
     launch = [curve.launch_s(int(n), int(p), int(c)) for n, _, p, _, c in shape]
     anchor, idle = _anchors(log)

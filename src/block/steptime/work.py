@@ -1,7 +1,7 @@
 """Fit of the accelerator's work: one model for decode-only steps and for steps with prefill.
 
     work = G(tokens) + request_s * decode_requests + kv_s * context + attention_s * prefill_work + chunk_s * chunks
-           (+ mixed_s in a step with prefill, + caching_s with prefix caching)
+           (+ mixed_s + mixed_kv_s * context in a step with prefill, + caching_s with prefix caching)
 
 G, the matrix products, is the same function of the batch's tokens whether they decode or prefill; it never falls. All
 coefficients are non-negative. Below the largest captured CUDA graph the tokens are padded to the next captured size.
@@ -19,9 +19,13 @@ from block.steptime.regress import Floats, balanced, bends, rises, solve
 from block.steptime.roofline import Arithmetic
 from block.steptime.steplog import StepLog, cuda_graph_sizes
 
-KNOTS = np.array([1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096, 8192], dtype=float)
+KNOTS = np.array(
+    [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096, 8192], dtype=float
+)
 CONTEXT_CELLS = np.array([64, 200, 500, 1000, 2000, 4000])  # tokens a request
-CELL_MOST = 100  # steps of one (tokens, context, log) cell that count fully
+CELL_MOST = (
+    300  # steps of one (tokens, context, log) cell that count fully: weights follow where engines spend their steps
+)
 SMOOTH = 0.5  # how strongly the slopes of neighbouring segments pull together
 KNEE = 0.05  # relative errors beyond it are stalls of the host: they count linearly
 SAMPLES_FEW = 40
@@ -50,14 +54,15 @@ class Samples(msgspec.Struct, frozen=True, eq=False):
     def columns(self, knots: Floats) -> Floats:
         return np.column_stack([
             rises(self.tokens, knots), self.requests, self.context / 1e3, self.prefill_work / 1e6, self.chunks,
-            self.chunks > 0, self.caching,
+            self.chunks > 0, self.context / 1e3 * (self.chunks > 0), self.caching,
         ])  # fmt: skip
 
     def weights(self) -> Floats:
         each = self.context / np.maximum(self.requests, 1)
         cells = np.searchsorted(KNOTS, self.tokens) * 1000 + np.searchsorted(CONTEXT_CELLS, each) * 100 + self.log
         found = balanced(cells + 10**6 * (self.chunks > 0), CELL_MOST)
-        found[(self.chunks == 0) & (each < CONTEXT_CELLS[0])] *= SHORT_TRUST  # real batches are not that short; a sweep's are
+        short = (self.chunks == 0) & (each < CONTEXT_CELLS[0])
+        found[short] *= SHORT_TRUST  # real batches are not that short; a sweep's are
         return found * self.trust / (self.seconds / MILLI)
 
 
@@ -71,11 +76,12 @@ class WorkFit(msgspec.Struct, frozen=True, eq=False):
     attention_s: float
     chunk_s: float
     mixed_s: float
+    mixed_kv_s: float
     caching_s: float
 
     def g(self, tokens: Floats) -> Floats:
         slope = (self.base[-1] - self.base[-2]) / (self.knots[-1] - self.knots[-2])
-        return np.interp(tokens, self.knots, self.base) + np.maximum(tokens - self.knots[-1], 0) * slope
+        return np.asarray(np.interp(tokens, self.knots, self.base) + np.maximum(tokens - self.knots[-1], 0) * slope)
 
     def decode_s(self, log: StepLog, limits: EngineLimits) -> Floats:
         """Work of every step's decoding part alone, shape (steps,)."""
@@ -104,9 +110,7 @@ def padded(tokens: Floats, limits: EngineLimits) -> Floats:
     return np.where(tokens <= most, up, tokens)
 
 
-def samples(
-    log: StepLog, limits: EngineLimits, number: int, index: npt.NDArray[np.int64], seconds: Floats
-) -> Samples:
+def samples(log: StepLog, limits: EngineLimits, number: int, index: npt.NDArray[np.int64], seconds: Floats) -> Samples:
     """The steps ``index`` of a log, which took ``seconds`` of work."""
     return Samples(
         tokens=padded(log.tokens[index], limits),
@@ -137,14 +141,13 @@ def fit_work(seen: Samples, prior: Arithmetic | None) -> WorkFit | None:
     """Fit the samples; ``None`` if there are too few. ``prior`` counts where no step shows long prefills."""
     if len(seen.seconds) < SAMPLES_FEW:
         return None
-    with_prefill = bool((seen.chunks > 0).any())
-    most = float(max(seen.tokens.max(), PRIOR_TOKENS[-1] if prior is not None and with_prefill else 0.0))
+    most = float(max(seen.tokens.max(), PRIOR_TOKENS[-1] if prior is not None else 0.0))
     knots = KNOTS[: max(int(np.searchsorted(KNOTS, most)) + 1, 3)]
     n = len(knots)
     columns, target, weights = seen.columns(knots), seen.seconds / MILLI, seen.weights()
     if not seen.caching.any() or seen.caching.all():
         columns[:, -1] = 0.0
-    if prior is not None and with_prefill:
+    if prior is not None:
         known = _arithmetic_samples(prior, float(np.percentile(seen.seconds, 5)))
         columns = np.concatenate([columns, known.columns(knots)])
         target = np.concatenate([target, known.seconds / MILLI])
@@ -152,8 +155,8 @@ def fit_work(seen: Samples, prior: Arithmetic | None) -> WorkFit | None:
     penalty = bends(knots, columns.shape[1], SMOOTH * MILLI / float(np.median(seen.seconds)))
     found = solve(columns, target, weights, penalty, KNEE) * MILLI
     base = found[0] + np.concatenate([[0.0], np.cumsum(found[1:n] * np.diff(knots))])
-    request, kv, attention, chunk, mixed, caching = map(float, found[n:])
-    return WorkFit(knots, base, request, kv / 1e3, attention / 1e6, chunk, mixed, caching)
+    request, kv, attention, chunk, mixed, mixed_kv, caching = map(float, found[n:])
+    return WorkFit(knots, base, request, kv / 1e3, attention / 1e6, chunk, mixed, mixed_kv / 1e3, caching)
 
 
 def _arithmetic_samples(prior: Arithmetic, least_s: float) -> Samples:

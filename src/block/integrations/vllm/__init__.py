@@ -1,16 +1,17 @@
 """The vLLM plugin: publishes the scheduler's state into shared memory, from inside an unmodified engine.
 
 Installed beside vLLM it is found through the entry point ``vllm.general_plugins``; where entry points cannot be used,
-``--scheduler-cls block.integrations.vllm.make_scheduler`` does the same. vLLM loads plugins in every process, so ``register`` only
-wraps methods of the scheduler class; the one process that makes a scheduler publishes. Needs msgspec and numpy, nothing
-compiled. Options come from the environment, because vLLM hands plugins nothing else; they are read here and nowhere else:
+``--scheduler-cls block.integrations.vllm.make_scheduler`` does the same. vLLM loads plugins in every process, so
+``register`` only wraps methods of the scheduler class; the one process that makes a scheduler publishes. Needs msgspec
+and numpy, nothing compiled. Options come from the environment, because vLLM hands plugins nothing else; they are read
+here and nowhere else:
 
-``BLOCK_VLLM_NAME``     the instance's name (default ``vllm``; data-parallel rank r > 0 adds ``-dp<r>``)
-``BLOCK_VLLM_WAITING``  waiting requests described one by one (default 256); beyond, only their number and tokens are told
-``BLOCK_VLLM_TRACE``    also record every decision into this file (see ``trace``)
-``BLOCK_VLLM_EMULATE``  a step-time profile: replace the forward pass by its latency (see ``emulated_gpu``)
-``BLOCK_VLLM_CALM=1``   for tests on few cores: sleep where vLLM's message queues spin
-``BLOCK_VLLM_OFF=1``    do nothing
+- ``BLOCK_VLLM_NAME``: the instance's name (default ``vllm``; data-parallel rank r > 0 adds ``-dp<r>``)
+- ``BLOCK_VLLM_WAITING``: waiting requests described one by one (default 256); beyond, only their number and tokens
+- ``BLOCK_VLLM_TRACE``: also record every decision into this file (see ``trace``)
+- ``BLOCK_VLLM_EMULATE``: a step-time profile: replace the forward pass by its latency (see ``emulated_gpu``)
+- ``BLOCK_VLLM_CALM=1``: for tests on few cores: sleep where vLLM's message queues spin
+- ``BLOCK_VLLM_OFF=1``: do nothing
 """
 
 import logging
@@ -73,7 +74,10 @@ def register() -> None:
             return
         from vllm.v1.core.sched.scheduler import Scheduler
 
-        install(Scheduler, lambda scheduler: attach(scheduler, options.name, options.waiting_max, options.trace, _vllm_version()))
+        install(
+            Scheduler,
+            lambda scheduler: attach(scheduler, options.name, options.waiting_max, options.trace, _vllm_version()),
+        )
     except Exception as error:  # noqa: BLE001 - the outermost place inside somebody else's process
         log.warning("Block does not publish this engine's state: %s: %s", type(error).__name__, error)
 

@@ -1,10 +1,11 @@
 """Real vLLM at a GPU's pace on a machine without one: a worker whose forward pass is the step-time model's latency.
 
-The API server, the scheduler, the KV cache manager and the output path are vLLM's own; only the model's execution is replaced. A step
-"runs" for as long as the profile says and returns made-up tokens, never EOS, so answers end at ``max_tokens``. Set
-``BLOCK_VLLM_EMULATE=PROFILE`` (a shipped profile's name or a file) and start ``vllm serve MODEL`` as for a GPU; only the model's config
-and tokenizer are read, no weights. Asynchronous scheduling, which vLLM turns off on CPUs, stays as asked for.
-Needs vLLM 0.20 or newer. LLM-Emu (Ye et al., 2026) does the same for one version of vLLM.
+The API server, the scheduler, the KV cache manager and the output path are vLLM's own; only the model's execution is
+replaced. A step "runs" for as long as the profile says and returns made-up tokens, never EOS, so answers end at
+``max_tokens``. Set ``BLOCK_VLLM_EMULATE=PROFILE`` (a shipped profile's name or a file) and start ``vllm serve MODEL``
+as for a GPU; only the model's config and tokenizer are read, no weights. Asynchronous scheduling, which vLLM turns off
+on CPUs, stays as asked for. Needs vLLM 0.20 or newer. The idea is LLM-Emu's, which does it for
+one version of vLLM.
 """
 
 import os
@@ -22,7 +23,9 @@ from block.steptime.curve import StepCurve
 from block.steptime.profile import load_profile
 
 VARIABLE: Final = "BLOCK_VLLM_EMULATE"
-KV_CACHE_BYTES: Final = 40 << 30  # a GPU's memory after the weights, unless VLLM_CPU_KVCACHE_SPACE or --num-gpu-blocks-override say otherwise
+KV_CACHE_BYTES: Final = (
+    40 << 30
+)  # a GPU's memory after the weights, unless VLLM_CPU_KVCACHE_SPACE or --num-gpu-blocks-override say otherwise
 FIRST_TOKEN: Final = 100  # beyond the special tokens of the usual vocabularies
 
 
@@ -40,7 +43,9 @@ class EmulatedGpuWorker(WorkerBase):  # type: ignore[misc]
             raise ConfigError(f"Set {VARIABLE} to the step-time profile to emulate, e.g. h200-llama3.1-8b.")
         limits = EngineLimits(
             max_num_seqs=self.scheduler_config.max_num_seqs,
-            max_num_batched_tokens=max(self.scheduler_config.max_num_batched_tokens, self.scheduler_config.max_num_seqs),
+            max_num_batched_tokens=max(
+                self.scheduler_config.max_num_batched_tokens, self.scheduler_config.max_num_seqs
+            ),
             enable_prefix_caching=bool(self.cache_config.enable_prefix_caching),
         )
         self._clock = AcceleratorClock(load_profile(name).curve(limits=limits))
@@ -102,9 +107,13 @@ class EmulatedGpuWorker(WorkerBase):  # type: ignore[misc]
         return None
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """The tokens of the batch just launched, once it is done: at once under asynchronous scheduling, else after waiting."""
+        """The tokens of the batch just launched, once it is done: at once under asynchronous scheduling, else after
+        waiting."""
         ends_s, sampled = self._scheduled
-        tokens = [[FIRST_TOKEN + position % max(self._vocabulary - FIRST_TOKEN, 1)] if position >= 0 else [] for position in sampled.values()]
+        tokens = [
+            [FIRST_TOKEN + position % max(self._vocabulary - FIRST_TOKEN, 1)] if position >= 0 else []
+            for position in sampled.values()
+        ]
         index = {key: i for i, key in enumerate(sampled)}
         output = ModelRunnerOutput(req_ids=list(sampled), req_id_to_index=index, sampled_token_ids=tokens)
         pending = _Pending(output, self._clock, ends_s)
@@ -128,7 +137,8 @@ class _Pending(AsyncModelRunnerOutput):  # type: ignore[misc]
 class AcceleratorClock:
     """One accelerator and the thread that feeds it, in real time, by the rules of ``block.engine.pipeline``.
 
-    The accelerator's time line is computed, not slept, so that a late wake-up makes one step late and not all that follow.
+    The accelerator's time line is computed, not slept, so that a late wake-up makes one step late and not all that
+    follow.
     """
 
     def __init__(self, curve: StepCurve) -> None:
@@ -137,7 +147,9 @@ class AcceleratorClock:
         self._turn_s = 0.0  # when the thread took in results or ended a launch last
         self._ends: deque[float] = deque(maxlen=64)
 
-    def launch(self, decode_requests: int, context: int, prefill_tokens: int, prefill_work: float, chunks: int) -> float:
+    def launch(
+        self, decode_requests: int, context: int, prefill_tokens: int, prefill_work: float, chunks: int
+    ) -> float:
         """Start a batch; returns when it ends. Busy for as long as a real launch, less what scheduling it took here."""
         now_s = time.monotonic()
         busy = bool(self._ends) and self._ends[-1] > now_s
@@ -195,7 +207,7 @@ def emulate_gpu() -> None:
     """Make this vLLM use the worker above, in its own process, and schedule as it would for a GPU."""
     from vllm.platforms import current_platform
 
-    platform = type(current_platform) if not isinstance(current_platform, type) else current_platform
+    platform: Any = current_platform if isinstance(current_platform, type) else type(current_platform)
     if getattr(platform, "_block_emulates", False):
         return
     check = platform.check_and_update_config

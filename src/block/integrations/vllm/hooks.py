@@ -62,7 +62,12 @@ def install(cls: Any, make_watcher: Callable[[Any], Watcher | None]) -> None:
             _guarded(self, lambda: watcher.arrived(request))
         return result
 
-    cls.__init__, cls.schedule, cls.update_from_output, cls.add_request = __init__, watched_schedule, watched_update, watched_add
+    cls.__init__, cls.schedule, cls.update_from_output, cls.add_request = (
+        __init__,
+        watched_schedule,
+        watched_update,
+        watched_add,
+    )
     if hasattr(cls, "_preempt_request"):  # before 0.12 preemption has no method of its own
         _install_preempt(cls)
     if hasattr(cls, "shutdown"):
@@ -101,7 +106,9 @@ def _guarded(scheduler: Any, action: Callable[[], None]) -> None:
     except Exception as error:  # noqa: BLE001 - the outermost place inside somebody else's process
         watcher = getattr(scheduler, _WATCHER, None)
         setattr(scheduler, _WATCHER, None)
-        log.warning("Block stops publishing this engine's state: %s: %s. The engine goes on.", type(error).__name__, error)
+        log.warning(
+            "Block stops publishing this engine's state: %s: %s. The engine goes on.", type(error).__name__, error
+        )
         if watcher is not None:
             _close_quietly(watcher)
 

@@ -1,10 +1,10 @@
 """Turns a live vLLM scheduler into snapshots, twice a step, in tens of microseconds.
 
-Theory of operation. A snapshot is published after ``schedule()``, so that a long step is visible as in flight while it runs, and after
-``update_from_output()``. What never changes about a request (key, lengths, priority) is packed once, when it is first seen, and joined
-again only when the queues' order has changed; what changes every step is read from the requests in one pass per field. Batches
-in flight are kept here, not asked from vLLM, whose versions count them differently: each knows the tokens of its requests and
-which of them will not yield an output token.
+Theory of operation. A snapshot is published after ``schedule()``, so that a long step is visible as in flight while it
+runs, and after ``update_from_output()``. What never changes about a request (key, lengths, priority) is packed once,
+when it is first seen, and joined again only when the queues' order has changed; what changes every step is read from
+the requests in one pass per field. Batches in flight are kept here, not asked from vLLM, whose versions count them
+differently: each knows the tokens of its requests and which of them will not yield an output token.
 """
 
 import logging
@@ -27,7 +27,16 @@ log = logging.getLogger("vllm.block")
 STEPS_KEPT: Final = 16
 COST_TOLD_AFTER: Final = 5_000  # snapshots
 # What is packed once per request; see _fixed.
-FIXED: Final = np.dtype([("key", "<u8"), ("arrived", "<f8"), ("prompt", "<i4"), ("max_tokens", "<i4"), ("priority", "<i4"), ("exact", "<i4")])
+FIXED: Final = np.dtype(
+    [
+        ("key", "<u8"),
+        ("arrived", "<f8"),
+        ("prompt", "<i4"),
+        ("max_tokens", "<i4"),
+        ("priority", "<i4"),
+        ("exact", "<i4"),
+    ]
+)
 _FIXED = struct.Struct("<Qdiiii")
 _STEP = struct.Struct("<ddiqidi")
 _INT32_MAX = 2**31 - 1
@@ -66,7 +75,9 @@ class StatePublisher:
         self.published = 0
         self.spent_s = 0.0
         capacity = scheduler.max_num_running_reqs + waiting_max
-        self._writer = SnapshotWriter(name, capacity=wire.HEADER.itemsize + capacity * (4 * wire.FIELDS + 16) + STEPS_KEPT * STEP.itemsize)
+        self._writer = SnapshotWriter(
+            name, capacity=wire.HEADER.itemsize + capacity * (4 * wire.FIELDS + 16) + STEPS_KEPT * STEP.itemsize
+        )
         self._header = header_of(self.limits)
         self._header["epoch"] = time.time_ns()
         self._capacity, self._waiting_max = capacity, waiting_max
@@ -99,16 +110,16 @@ class StatePublisher:
 
     def scheduled(self, scheduler: Any, output: Any, started_s: float) -> None:
         """Publish the state after a ``schedule()`` that began at ``started_s``."""
-        began = time.perf_counter()
+        began = time.thread_time()
         self._read(scheduler, results_came=False)
         if output.total_num_scheduled_tokens:
             self._flights.append(self._flight(output, started_s))
         self._write(scheduler)
-        self.spent_s += time.perf_counter() - began
+        self.spent_s += time.thread_time() - began
 
     def updated(self, scheduler: Any, output: Any, finished_s: float) -> None:
         """Publish the state after the results of ``output``, in since ``finished_s``, were taken in."""
-        began = time.perf_counter()
+        began = time.thread_time()
         if not output.total_num_scheduled_tokens:
             return
         while self._flights:
@@ -122,7 +133,7 @@ class StatePublisher:
         self._finished_s = finished_s
         self._read(scheduler)
         self._write(scheduler)
-        self.spent_s += time.perf_counter() - began
+        self.spent_s += time.thread_time() - began
 
     # ---- reading the scheduler
 
@@ -279,11 +290,14 @@ def _fixed(request: Any, model_len: int) -> bytes:
     options = request.sampling_params
     max_tokens = min(request.max_tokens or 1, max(model_len - request.num_prompt_tokens, 1))
     exact = options is not None and (
-        (options.ignore_eos and not options.stop and not options.stop_token_ids) or (getattr(options, "min_tokens", 0) or 0) >= max_tokens
+        (options.ignore_eos and not options.stop and not options.stop_token_ids)
+        or (getattr(options, "min_tokens", 0) or 0) >= max_tokens
     )
     priority = max(-_INT32_MAX, min(int(request.priority), _INT32_MAX))
     key = request_key(external_id(request.request_id))
-    return _FIXED.pack(key, request.arrival_time, request.num_prompt_tokens, max_tokens, priority, wire.EXACT if exact else 0)
+    return _FIXED.pack(
+        key, request.arrival_time, request.num_prompt_tokens, max_tokens, priority, wire.EXACT if exact else 0
+    )
 
 
 def _warn_of_approximations(scheduler: Any) -> None:
@@ -295,9 +309,14 @@ def _warn_of_approximations(scheduler: Any) -> None:
         "speculative decoding": bool(getattr(scheduler, "num_spec_tokens", 0)),
         "a KV connector": getattr(scheduler, "connector", None) is not None,
         "pipeline parallelism": getattr(scheduler.vllm_config.parallel_config, "pipeline_parallel_size", 1) > 1,
-        "--long-prefill-token-threshold-adaptive": bool(getattr(options, "long_prefill_token_threshold_adaptive", False)),
+        "--long-prefill-token-threshold-adaptive": bool(
+            getattr(options, "long_prefill_token_threshold_adaptive", False)
+        ),
         "--prefill-schedule-interval": (getattr(options, "prefill_schedule_interval", 1) or 1) > 1,
     }
     found = [name for name, present in reasons.items() if present]
     if found:
-        log.warning("Block publishes this engine's state, but its predictions will be approximate: %s not modelled.", ", ".join(found))
+        log.warning(
+            "Block publishes this engine's state, but its predictions will be approximate: %s not modelled.",
+            ", ".join(found),
+        )

@@ -61,8 +61,9 @@ _CHOICE = re.compile(r"-\d+$")
 def external_id(request_id: str) -> str:
     """The client's ``X-Request-Id`` out of the engine's own id of the request.
 
-    The API server makes ``cmpl-ID-CHOICE`` or ``chatcmpl-ID`` of it, parallel sampling puts ``N_`` before, and since 0.14 a dash and eight
-    hex digits follow (on older versions an id that itself ends so would be cut, and its request counted as somebody else's).
+    The API server makes ``cmpl-ID-CHOICE`` or ``chatcmpl-ID`` of it, parallel sampling puts ``N_`` before, and since
+    about 0.15 a dash and eight hex digits follow (on older versions an id that itself ends so would be cut, and its request
+    counted as somebody else's).
     """
     prefix = _PREFIX.match(request_id)
     assert prefix is not None
@@ -71,7 +72,8 @@ def external_id(request_id: str) -> str:
 
 
 def shape_of(rows: Iterable[tuple[int, int, int]]) -> tuple[int, int, int, float, int]:
-    """Decode requests, context, prefill tokens, prefill work and chunks of a batch, as ``block.engine.scheduler.Batch`` has them.
+    """Decode requests, context, prefill tokens, prefill work and chunks of a batch, as ``block.engine.scheduler.Batch``
+    has them.
 
     ``rows``: for each request the tokens it computes, those computed before, and its prompt's length.
     """

@@ -1,8 +1,9 @@
 """Record every decision of a real vLLM scheduler as a golden trace (the format is in ``block.engine.trace``).
 
-A trace is kept in memory, at most ``CALLS_MAX`` calls, because only later it is known how many tokens each request got and which prefix
-blocks two requests share. It is written by ``close`` and whenever the engine falls idle: vLLM kills its engine process rather than
-letting it end, unless it has a ``--shutdown-timeout``. Turn it on in a server with ``BLOCK_VLLM_TRACE=FILE``.
+A trace is kept in memory, at most ``CALLS_MAX`` calls, because only later it is known how many tokens each request got
+and which prefix blocks two requests share. It is written by ``close`` and whenever the engine falls idle: vLLM kills
+its engine process rather than letting it end, unless it has a ``--shutdown-timeout``. Turn it on in a server with
+``BLOCK_VLLM_TRACE=FILE``.
 """
 
 import gzip
@@ -19,7 +20,8 @@ WRITE_EVERY_S: Final = 2.0
 
 
 class TraceRecorder:
-    """Watches one scheduler object; ``arrived``, ``preempted`` and ``scheduled`` are to be called as those things happen."""
+    """Watches one scheduler object; ``arrived``, ``preempted`` and ``scheduled`` are to be called as those things
+    happen."""
 
     def __init__(self, path: Path, scheduler: Any, version: str) -> None:
         self._path = path

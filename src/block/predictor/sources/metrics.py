@@ -1,9 +1,10 @@
 """State guessed from an engine's Prometheus metrics: counts and the KV cache's use, no requests.
 
-The engine tells how many requests run and wait and how full its cache is; how long each is, it does not. So the snapshot holds as many
-made-up requests: prompts and answers of the mean length that the engine's own histograms state, spread evenly over their lives, and
-scaled so that together they hold the blocks that are really in use. Good for queues, blind to who is in them; see docs/vllm.md for
-what that costs in accuracy. Their lengths are marked as fixed, so that nobody learns from requests that do not exist.
+The engine tells how many requests run and wait and how full its cache is; how long each is, it does not. So the
+snapshot holds as many made-up requests: prompts and answers of the mean length that the engine's own histograms state,
+spread evenly over their lives, and scaled so that together they hold the blocks that are really in use. Good for
+queues, blind to who is in them; see docs/vllm.md for what that costs in accuracy. Their lengths are marked as fixed, so
+that nobody learns from requests that do not exist.
 """
 
 import asyncio
@@ -39,8 +40,16 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "preemptions": ("vllm:num_preemptions_total", "sglang:num_retracted_reqs_total"),
     "prompt_sum": ("vllm:request_prompt_tokens_sum", "sglang:prompt_tokens_total", "tgi_request_input_length_sum"),
     "prompt_count": ("vllm:request_prompt_tokens_count", "sglang:num_requests_total", "tgi_request_input_length_count"),
-    "output_sum": ("vllm:request_generation_tokens_sum", "sglang:generation_tokens_total", "tgi_request_generated_tokens_sum"),
-    "output_count": ("vllm:request_generation_tokens_count", "sglang:num_requests_total", "tgi_request_generated_tokens_count"),
+    "output_sum": (
+        "vllm:request_generation_tokens_sum",
+        "sglang:generation_tokens_total",
+        "tgi_request_generated_tokens_sum",
+    ),
+    "output_count": (
+        "vllm:request_generation_tokens_count",
+        "sglang:num_requests_total",
+        "tgi_request_generated_tokens_count",
+    ),
 }
 _WANTED: Final = {name: what for what, names in NAMES.items() for name in names}
 
@@ -84,7 +93,9 @@ def read_figures(text: str) -> Figures:
             found.setdefault(_WANTED[name], []).append(float(value))
         elif name == "vllm:cache_config_info":
             static = dict(_LABEL.findall(labels or ""))
-    figures: dict[str, Any] = {what: sum(values) / (len(values) if what == "kv_used" else 1) for what, values in found.items()}
+    figures: dict[str, Any] = {
+        what: sum(values) / (len(values) if what == "kv_used" else 1) for what, values in found.items()
+    }
     if static.get("block_size", "").isdigit():
         figures["block_size"] = int(static["block_size"])
     if static.get("num_gpu_blocks", "").isdigit():
@@ -97,7 +108,9 @@ def read_figures(text: str) -> Figures:
 def limits_told(limits: EngineLimits, figures: Figures) -> EngineLimits:
     """The limits with what the metrics know better."""
     block_size = figures.block_size or limits.block_size
-    blocks = figures.num_gpu_blocks or (int(figures.kv_tokens) // block_size + 1 if figures.kv_tokens else limits.num_gpu_blocks)
+    blocks = figures.num_gpu_blocks or (
+        int(figures.kv_tokens) // block_size + 1 if figures.kv_tokens else limits.num_gpu_blocks
+    )
     return msgspec.structs.replace(limits, block_size=block_size, num_gpu_blocks=max(blocks, 2))
 
 
@@ -109,7 +122,9 @@ def coarse_snapshot(figures: Figures, limits: EngineLimits, *, taken_s: float, s
     prompt, total = max(figures.prompt_tokens, 1.0), max(figures.output_tokens, 2.0)
     output = 1 + ((np.arange(running) + 0.5) / max(running, 1) * (total - 1)).astype(np.int32)
     used_blocks = round((figures.kv_used or 0.0) * limits.blocks_usable)
-    context = used_blocks * limits.block_size / running if running and figures.kv_used is not None else prompt + total / 2
+    context = (
+        used_blocks * limits.block_size / running if running and figures.kv_used is not None else prompt + total / 2
+    )
     prompts = np.clip(np.round(context - output.mean() if running else 0), 1, limits.max_model_len - total - 1)
     rows = np.zeros((wire.FIELDS, running + waiting), np.int32)
     rows[wire.PROMPT, :running], rows[wire.PROMPT, running:] = prompts, min(prompt, limits.max_model_len - 2)
@@ -193,7 +208,9 @@ def _limits(fragment: str) -> EngineLimits:
     fields = dict(parse_qsl(fragment, strict_parsing=bool(fragment)))
     unknown = fields.keys() - set(EngineLimits.__struct_fields__)
     if unknown:
-        raise ConfigError(f"{sorted(unknown)[0]!r} is no limit of an engine. Known: {', '.join(EngineLimits.__struct_fields__)}.")
+        raise ConfigError(
+            f"{sorted(unknown)[0]!r} is no limit of an engine. Known: {', '.join(EngineLimits.__struct_fields__)}."
+        )
     try:
         return msgspec.convert(fields, EngineLimits, strict=False)
     except msgspec.ValidationError as error:

@@ -17,7 +17,6 @@ from block.steptime.regress import Floats
 
 MILLI = 1e-3
 CONTEXT_MOST = 8192
-WINDOW_NONE = (0, None)
 EXTRA = "Install the optional extra: pip install 'block-llm[aiconfigurator]'."
 ELEMENTWISE_LAYER_S = 20e-6  # norms, rotary embedding, activation, additions: not in the tables; a layer, short batches
 ELEMENTWISE_TOKEN_S = 9e-9  # and a token, at 4.8 TB/s
@@ -40,7 +39,9 @@ def gpu_names() -> list[str]:
     return sorted(p.name for p in systems_dir().iterdir() if (p / "gemm" / "vllm").is_dir())
 
 
-def import_aiconfigurator(config: dict[str, Any], *, system: str, name: str, model: str, tensor_parallel: int = 1) -> StepTimeProfile:
+def import_aiconfigurator(
+    config: dict[str, Any], *, system: str, name: str, model: str, tensor_parallel: int = 1
+) -> StepTimeProfile:
     """The profile of a model's configuration on one GPU type, in 16 bits.
 
     Raises:
@@ -85,15 +86,23 @@ def import_aiconfigurator(config: dict[str, Any], *, system: str, name: str, mod
 
 def _read(directory: Path, table: str, columns: tuple[str, ...], where: dict[str, str]) -> tuple[dict[str, Any], str]:
     """The columns of the newest vLLM version's table, rows chosen by ``where``; and the device's name."""
-    from pyarrow import parquet
+    from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
 
-    files = sorted(directory.glob(f"vllm/*/{table}.parquet"), key=lambda p: [int(x) if x.isdigit() else 0 for x in p.parent.name.split(".")])
+    files = sorted(directory.glob(f"vllm/*/{table}.parquet"), key=_version)
     if not files:
         raise BadInputError(f"{directory} holds no vLLM table {table}.")
-    rows = parquet.read_table(files[-1], filters=[(c, "=", v) for c, v in where.items()])
+    rows = parquet.read_table(files[-1], filters=[(c, "=", v) for c, v in where.items()] or None)
     if not rows.num_rows:
         raise BadInputError(f"{files[-1]} has no rows with {where}.")
-    return {c: rows[c].to_numpy() for c in columns}, str(rows["device"][0].as_py())
+    missing = [c for c in columns if c not in rows.schema.names and c != "window_size"]
+    if missing:
+        raise BadInputError(f"{files[-1]} lacks the columns {', '.join(missing)}.")
+    found = {c: rows[c].to_numpy() if c in rows.schema.names else np.zeros(rows.num_rows) for c in columns}
+    return found, str(rows["device"][0].as_py())
+
+
+def _version(file: Path) -> list[int]:
+    return [int(part) if part.isdigit() else 0 for part in file.parent.name.split(".")]
 
 
 def _product(gemm: dict[str, Any], n: int, k: int, grid: Floats) -> Floats:
@@ -111,30 +120,33 @@ def _product(gemm: dict[str, Any], n: int, k: int, grid: Floats) -> Floats:
 def _attention(root: Path, table: str, shape: dict[str, int], layers: int) -> Floats:
     columns = ("batch_size", "isl", "step", "num_heads", "num_key_value_heads", "head_dim", "window_size", "latency")
     rows, _ = _read(root / "attention", table, columns, {"attn_dtype": "bfloat16", "kv_cache_dtype": "bfloat16"})
-    keep = np.isin(rows["window_size"], WINDOW_NONE) & (rows["head_dim"] == shape["head_dim"])
+    keep = (rows["window_size"] == 0) & (rows["head_dim"] == shape["head_dim"])
     kv = rows["num_key_value_heads"]
     # Decoding reads keys and values, so their heads count; a prompt's attention is arithmetic of the query heads.
     reads = table.startswith("generation")
-    far_kv, far = np.abs(np.log(kv / shape["num_key_value_heads"])), np.abs(np.log(rows["num_heads"] / shape["num_heads"]))
+    far_kv = np.abs(np.log(kv / shape["num_key_value_heads"]))
+    far = np.abs(np.log(rows["num_heads"] / shape["num_heads"]))
     near = far_kv * (4 if reads else 1) + far * (1 if reads else 4)
     if not keep.any():
         raise BadInputError(f"The tables hold no attention with heads of {shape['head_dim']}.")
     keep &= near == near[keep].min()
-    scaled_by = "num_key_value_heads" if reads else "num_heads"
-    scale = shape[scaled_by] / float(rows[scaled_by][keep][0])
     batch, new, step = (rows[c][keep].astype(float) for c in ("batch_size", "isl", "step"))
-    seconds = rows["latency"][keep] * MILLI * layers * scale
+    seconds = rows["latency"][keep] * MILLI * layers
+    usable = (new + step <= CONTEXT_MOST) & (seconds > 0)
     if reads:
-        found = np.column_stack([batch, new + step, seconds])
-        return np.asarray(found[(found[:, 1] <= CONTEXT_MOST) & (seconds > 0)])
-    alone = (batch == 1) & (new + step <= CONTEXT_MOST) & (seconds > 0)
-    return np.column_stack([new, step, seconds])[alone]
+        # One request with r times the key-value heads reads as much as r requests.
+        requests = batch * float(kv[keep][0]) / shape["num_key_value_heads"]
+        return np.asarray(np.column_stack([requests, new + step, seconds])[usable])
+    seconds = seconds * shape["num_heads"] / float(rows["num_heads"][keep][0])
+    return np.asarray(np.column_stack([new, step, seconds])[usable & (batch == 1)])
 
 
 def _all_reduce(root: Path, gpus: int, elements: Floats) -> Floats:
     """Seconds of summing ``elements`` 16-bit numbers over the GPUs."""
-    rows, _ = _read(root / "comm", "custom_allreduce_perf", ("num_gpus", "message_size", "latency"), {})
+    rows, _ = _read(root / "comm", "custom_allreduce_perf", ("num_gpus", "message_size", "latency", "backend"), {})
     keep = rows["num_gpus"] == gpus
+    graph = keep & (rows["backend"] == "vllm_graph")
+    keep = graph if graph.any() else keep
     if not keep.any():
         raise BadInputError(f"The tables hold no all-reduce over {gpus} GPUs.")
     return at(*clean(rows["message_size"][keep].astype(float), rows["latency"][keep] * MILLI), elements)

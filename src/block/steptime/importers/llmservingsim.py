@@ -1,4 +1,4 @@
-"""LLMServingSim's vLLM profiles (``dense.csv``, ``per_sequence.csv``, ``attention.csv``: microseconds of one layer) to a profile."""
+"""LLMServingSim's vLLM profiles (``dense.csv``, ``per_sequence.csv``, ``attention.csv``: microseconds of a layer)."""
 
 from pathlib import Path
 
@@ -10,7 +10,15 @@ from block.steptime.importers.tables import LayerTables, at, clean, column, to_p
 from block.steptime.profile import StepTimeProfile
 from block.steptime.regress import Floats
 
-PER_LAYER = {"layernorm": 2, "qkv_proj": 1, "rotary_emb": 1, "o_proj": 1, "gate_up_proj": 1, "act_fn": 1, "down_proj": 1}
+PER_LAYER = {
+    "layernorm": 2,
+    "qkv_proj": 1,
+    "rotary_emb": 1,
+    "o_proj": 1,
+    "gate_up_proj": 1,
+    "act_fn": 1,
+    "down_proj": 1,
+}
 ONCE = ("embedding", "final_layernorm")
 HEAD = ("lm_head", "sampler")
 MICRO = 1e-6

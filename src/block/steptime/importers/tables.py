@@ -1,8 +1,8 @@
 """Kernel tables to a step-time profile.
 
-A decode-only step = linear(n) + head(n) + attention(n, context); a step with prefill adds its chunks' attention. Attention
-is fitted as  a + b x requests + c x context  (decode) and  a + b x tokens + c x tokens x (before + tokens / 2)  (prefill); the linear
-operations and the head stay tables. Kernel tables know no host: the launch times are those of vLLM on our H200 host, by
+A decode-only step = linear(n) + head(n) + attention(n, context); a step with prefill adds its chunks' attention. Attention is
+fitted as a + b x requests + c x context (decode) and a + b x tokens + c x tokens x (before + tokens / 2) (prefill);
+the linear operations and the head stay tables. Kernel tables know no host: the launch times are those of vLLM on our H200 host, by
 layer, and so are the delays to the caller.
 """
 
@@ -15,9 +15,27 @@ from block.errors import BadInputError
 from block.steptime.profile import StepTimeProfile
 from block.steptime.regress import Floats
 
-TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 3072, 4096)
+TOKENS = (
+    1,
+    2,
+    4,
+    *range(8, 33, 8),
+    48,
+    64,
+    96,
+    *range(128, 257, 32),
+    *range(320, 513, 64),
+    640,
+    768,
+    1024,
+    1536,
+    2048,
+    3072,
+    4096,
+)
 LEAST_FRACTION = 0.5  # a value below this part of one at fewer tokens is impossible
 POINTS_FEW = 4
+NEIGHBOURS = 5
 
 # Measured on our H200 host (vLLM 0.24, four models of 28 to 64 layers): see docs/engine-model.md.
 LAUNCH_DECODE_S = 1.9e-3
@@ -54,10 +72,13 @@ def clean(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     y = np.array([np.median(y[keep][which == i]) for i in range(len(x))])
     possible: list[int] = []
     for i in range(len(y)):
-        low = np.median(y[possible[-5:]]) if possible else 0.0
-        high = np.median(y[i : i + 9])
-        if y[i] >= LEAST_FRACTION * low and y[i] * LEAST_FRACTION <= max(high, low):
+        if not possible or y[i] >= LEAST_FRACTION * np.median(y[possible[-NEIGHBOURS:]]):
             possible.append(i)
+    after = [
+        np.median(y[possible[j + 1 : j + 1 + NEIGHBOURS]]) if j + 1 < len(possible) else np.inf
+        for j in range(len(possible))
+    ]
+    possible = [i for i, median in zip(possible, after, strict=True) if y[i] * LEAST_FRACTION <= median]
     if len(possible) < POINTS_FEW:
         raise BadInputError(f"A table has only {len(possible)} usable rows.")
     x, y = x[possible], y[possible]
@@ -67,7 +88,7 @@ def clean(x: Floats, y: Floats) -> tuple[Floats, Floats]:
 def at(x: Floats, y: Floats, where: Floats) -> Floats:
     """The table at ``where``: linear between its points, its last slope beyond."""
     slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
-    return np.interp(where, x, y) + np.maximum(where - x[-1], 0) * max(slope, 0.0)
+    return np.asarray(np.interp(where, x, y) + np.maximum(where - x[-1], 0) * max(slope, 0.0))
 
 
 def relative_nnls(columns: list[Floats], y: Floats) -> Floats:

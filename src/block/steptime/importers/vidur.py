@@ -23,7 +23,14 @@ MILLI = 1e-3
 
 
 def import_vidur(
-    directory: Path, *, layers: int, name: str, gpu: str, model: str, tensor_parallel: int = 1, attention: Path | None = None
+    directory: Path,
+    *,
+    layers: int,
+    name: str,
+    gpu: str,
+    model: str,
+    tensor_parallel: int = 1,
+    attention: Path | None = None,
 ) -> StepTimeProfile:
     """The profile of one (GPU, model) directory; ``attention``: a file of points instead of ``attention.csv``.
 
@@ -47,12 +54,14 @@ def import_vidur(
     expanded = float(first["n_expanded_embd"])
     gates = 2 if first["use_gated_mlp"] == "True" else 1
     head = operator("mlp_up_proj") * float(first["vocab_size"]) / (gates * expanded)
-    decode, prefill = _attention(attention, layers) if attention else _attention_table(directory, tensor_parallel, layers)
+    decode, prefill = (
+        _attention(attention, layers) if attention else _attention_table(directory, tensor_parallel, layers)
+    )
     save = _kv_save(directory, tensor_parallel, attention, grid)
     tables = LayerTables(layers, grid, layers * (linear + save) + operator("emb"), grid, head, decode, prefill)
     return to_profile(
-        tables, name=name, gpu=gpu, model=model, tensor_parallel=tensor_parallel, source="imported from Vidur's profiles (kernels, host assumed)",
-        licence="MIT (source)",
+        tables, name=name, gpu=gpu, model=model, tensor_parallel=tensor_parallel,
+        source="imported from Vidur's profiles (kernels; host assumed)", licence="MIT (source)",
     )  # fmt: skip
 
 
@@ -74,7 +83,9 @@ def _attention(points: Path, layers: int) -> tuple[Floats, Floats]:
     found = {}
     for op, key in (("attn_decode", "batch_size"), ("attn_prefill", "prefill_chunk_size")):
         part = [r for r in rows if r["op"] == op]
-        found[op] = _rows(column(part, key), column(part, "kv_cache_size"), column(part, "median_ms") * MILLI * layers, str(points))
+        found[op] = _rows(
+            column(part, key), column(part, "kv_cache_size"), column(part, "median_ms") * MILLI * layers, str(points)
+        )
     return found["attn_decode"], found["attn_prefill"]
 
 

@@ -1,0 +1,42 @@
+"""Make the length model that ships with the package from public sets of prompts and answers.
+
+Run: python experiments/ship_lengths.py FOLDER [--output src/block/length/models/public-sets.npz]
+
+FOLDER holds the sets that docs/length.md names, with their licences. Of the sampling limits only the lengths are
+kept: that one set was sampled with max_tokens says nothing about the max_tokens of a client. The timed ShareGPT-like
+set is left out, for many of its prompts are answers.
+"""
+
+import argparse
+from pathlib import Path
+
+import msgspec
+
+from block.length.sets import read_records
+from block.length.train import fit
+
+LEFT_OUT = {"8min_up_and_down"}
+SOURCES = (
+    "lm-sys/arena-hard-auto (Apache-2.0), RUCAIBox/HaluEval (MIT), teknium1/GPTeacher (MIT), "
+    "Open-Assistant/oasst-model-eval (Apache-2.0)"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("src/block/length/models/public-sets.npz"))
+    options = parser.parse_args()
+    records = [
+        msgspec.structs.replace(record, max_tokens=None, model=record.model.rpartition("/")[2])
+        for record in read_records([options.folder])
+        if record.dataset not in LEFT_OUT
+    ]
+    model = fit(records)
+    model = msgspec.structs.replace(model, about={**model.about, "sources": SOURCES})
+    model.save(options.output)
+    print(f"{options.output}: {len(records)} records, {options.output.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

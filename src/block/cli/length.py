@@ -1,0 +1,223 @@
+"""``block length``: train, score and ask the output-length estimator."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from block.length.model import TextEncoder
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.group()
+def command() -> None:
+    """Estimate how long answers will be: train on logs, score on unseen prompts, ask for one prompt.
+
+    \b
+    DATA are JSONL logs ({"model", "messages" or "prompt", "max_tokens", "output_tokens"}, gzipped or not), rows that
+    a gateway logged, or public prompt-and-answer sets; folders are read whole.
+    """
+
+
+@command.command()
+@click.argument("data", nargs=-1, required=True, type=_PATH)
+@click.option("-o", "--output", required=True, type=_PATH, help="The model file (.npz), a folder with --transformer.")
+@click.option("--model", default="", help="The served model, where DATA does not name it.")
+@click.option("--encoder", type=_PATH, help="A sentence encoder's folder: adds embeddings (extra length-neural).")
+@click.option("--transformer", type=_PATH, help="An encoder's folder: fine-tunes it instead (extra length-neural).")
+@click.option("--epochs", default=3, show_default=True, type=click.IntRange(1), help="With --transformer.")
+@click.option("--device", default="cpu", show_default=True, help="With --transformer: cpu or cuda.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
+def train(
+    data: tuple[Path, ...], output: Path, model: str, encoder: Path | None, transformer: Path | None, epochs: int,
+    device: str, threads: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Train an estimator on DATA and write it to a file that `--length-estimator learned:FILE` takes.
+
+    \b
+    Examples:
+      block length train requests.jsonl -o lengths.npz
+      block length train logs/ more.jsonl.gz -o lengths.npz --model llama-3.1-8b
+      block length train requests.jsonl -o lengths.npz --encoder ./all-MiniLM-L6-v2
+      block length train requests.jsonl -o tagger/ --transformer ./roberta-base --device cuda
+    """
+    import json
+    import time
+
+    from block.errors import ConfigError
+    from block.length.sets import read_records
+    from block.length.train import fit
+
+    if encoder is not None and transformer is not None:
+        raise ConfigError("Either --encoder or --transformer, not both.")
+    if not output.parent.is_dir():
+        raise ConfigError(f"The folder {output.parent} does not exist.")
+    if transformer is None and output.is_dir():
+        raise ConfigError(f"{output} is a folder: name a file.")
+    records = read_records(data, model=model)
+    click.echo(f"{len(records)} records", err=True)
+    started_s = time.perf_counter()
+    if transformer is not None:
+        from block.length.transformer import fine_tune
+
+        tuned = fine_tune(
+            records, transformer, epochs=epochs, device=device, progress=lambda s: click.echo(s, err=True)
+        )
+        tuned.save(output)
+        served = tuned.served
+    else:
+        fitted = fit(records, encoder=_encoder(encoder), threads=threads)
+        fitted.save(output)
+        served = fitted.served
+    size = sum(f.stat().st_size for f in ([output] if output.is_file() else output.iterdir()))
+    made: dict[str, object] = {
+        "file": str(output), "bytes": size, "records": len(records), "served_models": sorted(served),
+        "train_s": round(time.perf_counter() - started_s, 2),
+    }  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(made))
+    else:
+        click.echo(
+            f"{output}: {len(served)} served model{'s' * (len(served) != 1)}, {size / 1e6:.2f} MB, {made['train_s']} s"
+        )
+
+
+@command.command("eval")
+@click.argument("data", nargs=-1, required=True, type=_PATH)
+@click.option("--model-file", type=_PATH, help="Score this model on DATA, instead of one cross-validated on DATA.")
+@click.option("--model", default="", help="The served model, where DATA does not name it.")
+@click.option("--encoder", type=_PATH, help="Cross-validate with sentence embeddings of this encoder.")
+@click.option("--folds", default=5, show_default=True, type=click.IntRange(2, 20))
+@click.option("--separately", is_flag=True, help="Train on each set alone instead of on all together.")
+@click.option("--by-set", is_flag=True, help="Leave out the lines of single served models.")
+@click.option("--json", "as_json", is_flag=True, help="Print all scores as JSON.")
+def evaluate(
+    data: tuple[Path, ...], model_file: Path | None, model: str, encoder: Path | None, folds: int, separately: bool,
+    by_set: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Score estimators on prompts of DATA that they have not seen, against baselines and the noise floor.
+
+    Folds are made by normalised prompt; baselines see the same folds. With --model-file that model is scored as it
+    is: DATA must then be prompts that it was not trained on.
+
+    \b
+    Examples:
+      block length eval requests.jsonl
+      block length eval requests.jsonl --model-file lengths.npz --json
+      block length eval sets/ --separately --by-set
+    """
+    import json
+
+    import msgspec
+    from rich.console import Console
+
+    from block.length.report import report, report_tables
+    from block.length.scores import TELLERS, cross_validate, tell_learned
+    from block.length.sets import read_records
+    from block.length.train import fit
+
+    records = read_records(data, model=model)
+    tellers = dict(TELLERS)
+    if model_file is not None:
+        from block.length.learned import load_placer
+
+        placer = load_placer(model_file)
+        tellers["learned"] = lambda _: tell_learned(placer)
+    elif encoder is not None:
+        sentence = _encoder(encoder)
+        tellers["learned"] = lambda train: tell_learned(fit(train, encoder=sentence))
+    told = {}
+    console = Console(stderr=True)
+    with console.status("reading features") as status:
+        parts = sorted({r.dataset for r in records}) if separately else [None]
+        for part in parts:
+            some = [r for r in records if part is None or r.dataset == part]
+            told[part] = (some, cross_validate(some, tellers, folds=folds, progress=status.update))
+    reports = [one for some, quantiles in told.values() for one in report(some, quantiles, by_model=not by_set)]
+    if as_json:
+        click.echo(json.dumps([msgspec.to_builtins(one) for one in reports]))
+        return
+    out = Console(width=None if Console().is_terminal else 200)
+    for table in report_tables(reports, "learned"):
+        out.print(table)
+
+
+@command.command()
+@click.argument("prompt")
+@click.option("--model-file", type=_PATH, help="A model of `block length train`. [the shipped one]")
+@click.option("--served", default="", help="The served model's name.")
+@click.option("--max-tokens", type=click.IntRange(1))
+@click.option("--generated", default=0, show_default=True, type=click.IntRange(0), help="Tokens that came already.")
+@click.option("--picture", type=_PATH, help="Draw the distribution: .png or .svg.")
+@click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON.")
+def predict(
+    prompt: str, model_file: Path | None, served: str, max_tokens: int | None, generated: int, picture: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Say how long the answer to PROMPT (- reads it from standard input; JSON messages are understood) will be.
+
+    \b
+    Examples:
+      block length predict "List ten ideas for a birthday party"
+      block length predict "Write an essay on rivers" --max-tokens 800 --generated 300 --json
+      cat prompt.txt | block length predict - --model-file lengths.npz --picture length.png
+    """
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from block.core import Request
+    from block.errors import ConfigError
+    from block.length.learned import LearnedEstimator
+    from block.length.report import draw, estimate_json
+
+    if picture is not None and (picture.suffix not in (".png", ".svg") or not picture.parent.is_dir()):
+        raise ConfigError("Pictures are written as .png or .svg, into a folder that exists.")
+    text = _prompt(click.get_text_stream("stdin").read() if prompt == "-" else prompt)
+    request = Request(
+        id="asked",
+        arrived_s=0.0,
+        prompt_tokens=max(1, len(text) // 4),
+        max_tokens=max_tokens,
+        model=served,
+        prompt=text,
+    )
+    estimate = LearnedEstimator(model=model_file).estimate(request)
+    if picture is not None:
+        draw(estimate, picture, generated=generated, title=text[:80].replace("\n", " ").replace("$", r"\$"))
+    shown = estimate_json(estimate, generated)
+    if as_json:
+        click.echo(json.dumps(shown))
+        return
+    table = Table(title=f"output tokens, expected {shown['expected_total_tokens']:.0f} (by {shown['source']})")
+    for q in shown["quantiles"]:
+        table.add_column(f"{float(q):.0%}", justify="right")
+    table.add_row(*(str(tokens) for tokens in shown["quantiles"].values()))
+    Console().print(table)
+
+
+def _prompt(text: str) -> str:
+    """Plain text, or the text of JSON messages."""
+    import json
+
+    from block.length.text import chat_text, clipped
+
+    if text.lstrip().startswith("[{"):
+        try:
+            messages = json.loads(text)
+        except json.JSONDecodeError:
+            return clipped(text)
+        return chat_text(messages)
+    return clipped(text)
+
+
+def _encoder(path: Path | None) -> "TextEncoder | None":
+    if path is None:
+        return None
+    from block.length.encoder import SentenceEncoder
+
+    return SentenceEncoder(path)

@@ -1,0 +1,141 @@
+"""The report of ``block length eval``: scores by set and served model, gains over the baselines, the floor; pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from rich.table import Table
+
+from block.length.distribution import Estimate
+from block.length.grid import EDGES
+from block.length.records import Record
+from block.length.scores import Floor, Score, Told, groups, noise_floor, score
+
+CONSTANT, CONSTANT_MEAN = "constant", "constant mean"
+
+
+class GroupReport(msgspec.Struct, frozen=True):
+    """One group of records: the scores of each estimator and the noise floor (``None``: no prompt repeats).
+
+    ``gains``: of each estimator over the constant baselines, as fractions of their error.
+    """
+
+    name: str
+    records: int
+    prompts: int
+    scores: dict[str, Score]
+    gains: dict[str, dict[str, float]]
+    floor: Floor | None
+
+
+def report(records: Sequence[Record], told: Mapping[str, Told], *, by_model: bool = True) -> list[GroupReport]:
+    """Per set and served model, then per set, then over all (where there are several). ``told``: (n, 3) each."""
+    parts = dict(groups(records)) if by_model else {}
+    by_set: dict[str, list[int]] = {}
+    for i, record in enumerate(records):
+        by_set.setdefault(record.dataset, []).append(i)
+    parts |= {f"{name} / all": np.array(rows) for name, rows in sorted(by_set.items()) if f"{name} / all" not in parts}
+    if len(by_set) > 1:
+        parts["all"] = np.arange(len(records))
+    return [
+        _group(name, [records[int(i)] for i in rows], {n: t[rows] for n, t in told.items()})
+        for name, rows in parts.items()
+    ]
+
+
+def _group(name: str, records: list[Record], told: dict[str, Told]) -> GroupReport:
+    true = np.array([float(r.output_tokens) for r in records])
+    scores = {estimator: score(quantiles, true) for estimator, quantiles in told.items()}
+    return GroupReport(
+        name=name,
+        records=len(records),
+        prompts=len({r.text for r in records}),
+        scores=scores,
+        gains={estimator: _gains(one, scores) for estimator, one in scores.items()},
+        floor=noise_floor(records),
+    )
+
+
+def _gains(one: Score, scores: dict[str, Score]) -> dict[str, float]:
+    gains: dict[str, float] = {}
+    if CONSTANT in scores:
+        gains["mae_vs_median"] = 1 - one.mae_tokens / max(scores[CONSTANT].mae_tokens, 1e-9)
+        gains["pinball_vs_quantiles"] = 1 - one.pinball_tokens / max(scores[CONSTANT].pinball_tokens, 1e-9)
+    if CONSTANT_MEAN in scores:
+        gains["mae_vs_mean"] = 1 - one.mae_tokens / max(scores[CONSTANT_MEAN].mae_tokens, 1e-9)
+        gains["pinball_vs_mean"] = 1 - one.pinball_tokens / max(scores[CONSTANT_MEAN].pinball_tokens, 1e-9)
+    return gains
+
+
+def report_tables(reports: Sequence[GroupReport], estimator: str) -> list[Table]:
+    """Two tables: the estimator by group against the constants and the floor; all estimators over the sets."""
+    table = Table(title=f"{estimator}: unseen prompts, lengths in tokens", caption=_CAPTION)
+    for head in ("set / served model", "records", "mean", "MAE", "MAE/mean", "med. rel. err.", "pinball", "cover",
+                 "rank", "MAE vs mean", "vs median", "pinball vs constant", "floor MAE", "CV"):  # fmt: skip
+        table.add_column(head, justify="left" if head == "set / served model" else "right")
+    for one in reports:
+        s, gains, floor = one.scores[estimator], one.gains[estimator], one.floor
+        table.add_row(
+            one.name, str(one.records), f"{s.mean_tokens:.0f}", f"{s.mae_tokens:.1f}", f"{s.mae_over_mean:.0%}",
+            f"{s.median_relative_error:.0%}", f"{s.pinball_tokens:.1f}", f"{s.coverage_80_fraction:.0%}",
+            "-" if s.rank_correlation is None else f"{s.rank_correlation:.2f}", _gain(gains, "mae_vs_mean"),
+            _gain(gains, "mae_vs_median"), _gain(gains, "pinball_vs_quantiles"),
+            "-" if floor is None else f"{floor.mae_tokens:.1f}", "-" if floor is None else f"{floor.cv:.2f}",
+        )  # fmt: skip
+    return [table, _comparison([one for one in reports if one.name == "all" or one.name.endswith("/ all")])]
+
+
+_CAPTION = (
+    "cover: share within the 80 % interval; vs: how much lower than the constant mean, the constant median and the "
+    "constant quantiles of the same served model; floor: error of the median of a prompt's other answers"
+)
+
+
+def _comparison(reports: Sequence[GroupReport]) -> Table:
+    table = Table(title="estimators and baselines: MAE / mean pinball, tokens")
+    table.add_column("set")
+    estimators = list(reports[0].scores) if reports else []
+    for estimator in estimators:
+        table.add_column(estimator, justify="right")
+    for one in reports:
+        table.add_row(one.name, *(f"{s.mae_tokens:.1f} / {s.pinball_tokens:.1f}" for s in one.scores.values()))
+    return table
+
+
+def _gain(gains: Mapping[str, float], name: str) -> str:
+    return f"{-gains[name]:+.0%}" if name in gains else "-"
+
+
+def draw(estimate: Estimate, path: Path, *, generated: int = 0, title: str = "") -> None:
+    """A picture (.png or .svg) of a distribution: how likely the answer is to go on beyond each length."""
+    from matplotlib.figure import Figure
+
+    x = EDGES[min(estimate.quantile(0.995, generated) * 1.5, estimate.cap) > EDGES]
+    x = x[x >= generated]
+    above = estimate.bank.above(estimate.row, x)
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.fill_between(x, above / above[0], step=None, alpha=0.25)
+    axes.plot(x, above / above[0])
+    for q in (0.1, 0.5, 0.9):
+        axes.axvline(estimate.quantile(q, generated), linestyle=":", color="black", linewidth=1)
+        axes.text(estimate.quantile(q, generated), 1.02, f"{q:.0%}", ha="center", fontsize=8)
+    axes.axvline(estimate.expected_total(generated), color="tab:red", linewidth=1, label="expected")
+    axes.set(xlabel="output tokens", ylabel="share that goes on", ylim=(0, 1.1), xlim=(generated, None))
+    axes.set_title(title, fontsize=9, loc="left", pad=12)
+    axes.legend(loc="upper right", frameon=False)
+    figure.savefig(path)
+
+
+def estimate_json(estimate: Estimate, generated: int) -> dict[str, Any]:
+    """An estimate as JSON: expected total and quantiles of the total, given ``generated`` tokens."""
+    return {
+        "expected_total_tokens": round(estimate.expected_total(generated), 1),
+        "quantiles": {
+            f"{q:g}": int(estimate.quantile(q, generated)) for q in (0.05, 0.1, 0.25, 0.5, 0.7, 0.75, 0.9, 0.95)
+        },
+        "generated_tokens": generated,
+        "source": estimate.source,
+    }
