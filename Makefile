@@ -33,6 +33,9 @@ test-vllm: setup  ## real vLLM on this machine's CPU: 2 GB into .venv-vllm; 1 mi
 	tools/vllm/install.sh $(VENV)-vllm
 	BLOCK_VLLM_ENV=$(VENV)-vllm $(BIN)/pytest tests/vllm
 
+profiles: setup  ## fit the shipped step-time profiles again: make profiles RUNS=path/to/h200-vllm VIDUR=path/to/vidur-a30
+	$(BIN)/python bench/fit_profiles.py $(RUNS) $(if $(VIDUR),--vidur $(VIDUR))
+
 build:  ## recompile the engine model after editing it
 	$(BIN)/python setup.py -q build_ext --inplace
 

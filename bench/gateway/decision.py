@@ -43,7 +43,7 @@ def decider_of(policy: str, instances: int) -> tuple[Decider, Pool]:
     for instance in pool.instances.values():
         instance.state = State.READY
         evidence = Evidence(instance.id, decider.expectations, stale_after_s=60, unseen_after_s=5)
-        evidence.take_curve(profile.curve(), profile.input_s, profile.output_s)
+        evidence.take_profile(profile, 1.0)
         decider.evidence[instance.id] = evidence
     return decider, pool
 

@@ -46,7 +46,7 @@ async def predictors() -> AsyncIterator[Predictors]:
 async def settled(client: Client) -> None:
     """Every predictor has spoken and told its step times."""
     evidence = client.gateway.decider.evidence.values()
-    await until(lambda: all(e.frames and e._mirror is not None for e in evidence))
+    await until(lambda: all(e.frames and e._profile is not None for e in evidence))
 
 
 async def decision(client: Client, request_id: str) -> Any:
@@ -106,7 +106,7 @@ async def test_a_faulty_predictor_costs_no_request(start: Start, predictors: Pre
     frame, fallback = FAULTS[fault]
     urls = await predictors(idle, frame)
     client = await start(FakeEngine(), FakeEngine(), policy="block", predictors=urls)
-    await until(lambda: client.gateway.decider.evidence[InstanceId("e0")]._mirror is not None)
+    await until(lambda: client.gateway.decider.evidence[InstanceId("e0")]._profile is not None)
     await asyncio.sleep(0.05)
     for n in range(4):
         assert (await client.post(headers={"x-request-id": f"r{n}"}))[0] == 200
@@ -194,7 +194,7 @@ def evidence_of(unseen_after_s: float = 5.0) -> Evidence:
     evidence = Evidence(
         InstanceId("e"), Expectations(make_estimator("constant")), stale_after_s=2.0, unseen_after_s=unseen_after_s
     )
-    evidence.take_curve(load_profile("h200-llama3.1-8b").curve(), 0.0, 0.0)
+    evidence.take_profile(load_profile("h200-llama3.1-8b"), 1.0)
     return evidence
 
 
@@ -272,13 +272,24 @@ def test_more_unseen_requests_make_predictions_later() -> None:
     assert predict_all([mirror], **question)[0].ttft_s == pytest.approx(after.ttft_s, rel=0.2)
 
 
-def test_a_profile_with_another_scale_changes_the_curve() -> None:
-    from block.gateway.subscription import _curve_of
+def test_another_scale_makes_predictions_later_and_nonsense_is_refused() -> None:
+    from block.gateway.subscription import profile_of
+    from block.predict.whatif import predict_all
     from gateway.fakes import profile_fields
 
-    plain, _, _ = _curve_of(encoded(profile_fields() | {"scale": 1.0}))
-    slow, _, _ = _curve_of(encoded(profile_fields() | {"scale": 2.0}))
-    assert slow.gpu_s(8, 1000, 0, 0, 0) > 1.5 * plain.gpu_s(8, 1000, 0, 0, 0)
-    for wrong in ({"scale": -1.0}, {"scale": "x"}, {"nonsense": 1}):
+    evidence, now_s = evidence_of(), time.time()
+    evidence.take_frame(snapshot(running=2), now_s)
+    e2e_s = []
+    for scale in (1.0, 2.0):
+        evidence.take_profile(*profile_of(encoded(profile_fields() | {"scale": scale})))
+        mirror = evidence.mirror(now_s)
+        assert mirror is not None
+        question: dict[str, Any] = {"prompt_tokens": 1000, "max_tokens": 100, "output_tokens": 50, "now_s": now_s}
+        e2e_s.append(predict_all([mirror], **question)[0].e2e_s)
+    assert e2e_s[1] > 1.5 * e2e_s[0]
+    for wrong in (
+        {"scale": -1.0}, {"scale": "x"}, {"nonsense": 1}, {"decode_knots": []}, {"decode_knots": [[1e12, 0.1]]},
+        {"decode_knots": [[1, -0.1], [2, 0.1]]}, {"mixed_knots": [[2, 0.1], [1, 0.1]]}, {"kv_s": -1.0}, {"kv_s": 1e9},
+    ):  # fmt: skip
         with pytest.raises(ValueError):  # noqa: PT011  msgspec's errors are ValueErrors
-            _curve_of(encoded(profile_fields() | wrong))
+            profile_of(encoded(profile_fields() | {"scale": 1.0} | wrong))

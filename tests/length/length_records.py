@@ -51,6 +51,8 @@ def made_up(count: int, *, seed: int = 0, models: dict[str, float] | None = None
         topic, place = TOPICS[rng.integers(len(TOPICS))], PLACES[rng.integers(len(PLACES))]
         model = list(factors)[rng.integers(len(factors))]
         tokens = KINDS[kind] * factors[model] * np.exp(noise * rng.standard_normal())
-        text = f"{kind} {topic} near {place} number {rng.integers(1000)}"
+        text = (
+            f"{kind} {topic} near {place} {TOPICS[rng.integers(len(TOPICS))]} and {PLACES[rng.integers(len(PLACES))]}"
+        )
         records.append(Record(text=text, output_tokens=max(1, round(tokens)), model=model, dataset="made-up"))
     return records

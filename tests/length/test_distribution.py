@@ -86,7 +86,7 @@ def test_quantiles_rise_and_agree_with_the_conditional_probability(
 
 @settings(max_examples=50)
 @given(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 300_000), st.integers(1, 300_000)), min_size=1, max_size=20)
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 300_000), st.integers(1, TOKENS_MAX)), min_size=1, max_size=20)
 )
 def test_all_requests_at_once_get_what_each_gets_alone(requests: list[tuple[int, int, int]]) -> None:
     bank = DistributionBank()

@@ -34,7 +34,7 @@ def test_it_learns_what_prompts_and_served_models_tell(model: LengthModel) -> No
     estimator = LearnedEstimator(model=model)
     for kind, tokens in KINDS.items():
         for name, factor in FACTORS.items():
-            estimate = estimator.estimate(asked(f"{kind} owls near Nantes number 7", model=name))
+            estimate = estimator.estimate(asked(f"{kind} owls near Nantes moss and Bern", model=name))
             assert estimate.source == "learned"
             assert estimate.quantile(0.5) == pytest.approx(tokens * factor, rel=0.35)
 
@@ -126,9 +126,11 @@ def serve(
 
 def test_drift_of_a_served_model_is_followed(model: LengthModel) -> None:
     told = LearnedEstimator(model=model)
-    before = told.estimate(asked("Explain bees near Rome")).quantile(0.5)
+    before = told.estimate(asked("Explain bees near Rome coal and Oslo")).quantile(0.5)
     serve(told, 600, 2.5, seed=5)
-    assert told.estimate(asked("Explain bees near Rome")).quantile(0.5) == pytest.approx(2.5 * before, rel=0.2)
+    assert told.estimate(asked("Explain bees near Rome coal and Oslo")).quantile(0.5) == pytest.approx(
+        2.5 * before, rel=0.2
+    )
     fixed = LearnedEstimator(model=model, correct=False)
     serve(fixed, 600, 2.5, seed=5)
     assert told.accuracy.error_tokens is not None
@@ -151,14 +153,15 @@ def test_clients_have_their_own_drift(model: LengthModel) -> None:
         serve(estimator, 30, 1.0, seed=block, client="plain")
         serve(estimator, 30, 3.0, seed=100 + block, client="chatty")
     plain, chatty = (
-        estimator.estimate(asked("Explain bees near Rome", client=c)).quantile(0.5) for c in ("plain", "chatty")
+        estimator.estimate(asked("Explain bees near Rome coal and Oslo", client=c)).quantile(0.5)
+        for c in ("plain", "chatty")
     )
     assert chatty / plain == pytest.approx(3.0, rel=0.35)
 
 
 def test_an_unknown_served_model_begins_at_the_typical_level_and_is_corrected(model: LengthModel) -> None:
     estimator = LearnedEstimator(model=model)
-    request = asked("Explain bees near Rome", model="never seen")
+    request = asked("Explain bees near Rome coal and Oslo", model="never seen")
     assert 150 < estimator.estimate(request).quantile(0.5) < 600
     for number, record in enumerate(made_up(600, models={"m": 8.0}, seed=9)):
         one = asked(record.text, number, model="never seen")
@@ -169,12 +172,12 @@ def test_an_unknown_served_model_begins_at_the_typical_level_and_is_corrected(mo
 
 def test_answers_cut_at_max_tokens_do_not_pull_the_estimate_down(model: LengthModel) -> None:
     estimator = LearnedEstimator(model=model)
-    before = estimator.estimate(asked("Write an essay about bees near Rome")).quantile(0.5)
+    before = estimator.estimate(asked("Write an essay about bees near Rome coal and Oslo")).quantile(0.5)
     for number in range(400):
-        request = asked("Write an essay about bees near Rome", number, max_tokens=50)
+        request = asked("Write an essay about bees near Rome coal and Oslo", number, max_tokens=50)
         estimator.estimate(request)
         estimator.observe(request, 50)
-    assert estimator.estimate(asked("Write an essay about bees near Rome")).quantile(0.5) > 0.9 * before
+    assert estimator.estimate(asked("Write an essay about bees near Rome coal and Oslo")).quantile(0.5) > 0.9 * before
 
 
 def test_truncated_training_records_count_as_longer_than() -> None:
@@ -183,7 +186,7 @@ def test_truncated_training_records_count_as_longer_than() -> None:
         for r in made_up(1200, seed=4)
     ]
     estimator = LearnedEstimator(model=fit(records, rounds=40))
-    essay = estimator.estimate(asked("Write an essay about bees near Rome", model="m"))
+    essay = estimator.estimate(asked("Write an essay about bees near Rome coal and Oslo", model="m"))
     assert essay.quantile(0.9) > 420
 
 

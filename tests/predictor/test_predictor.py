@@ -23,6 +23,7 @@ from block.predictor.serving import bind, url_of
 from block.predictor.shared_memory import SnapshotWriter
 from block.predictor.source import open_source
 from block.predictor.state import InstanceState, Question
+from block.steptime.calibrate import Calibration
 from block.steptime.profile import StepTimeProfile
 
 from .profile import PROFILE
@@ -363,6 +364,19 @@ def test_a_calibration_scales_the_prediction_and_sees_every_snapshot():
     slow = state.predict(Question(prompt_tokens=50, output_tokens=50))
     assert slow.e2e_s - API_S == pytest.approx(2 * (plain.e2e_s - API_S))
     assert (seen, state.scale) == ([1], 2.0)
+
+
+def test_a_profile_that_is_a_fifth_too_fast_is_found_out_while_the_engine_runs():
+    limits = EngineLimits()
+    engine = Engine(limits, PROFILE.curve(1.2, limits))
+    recorder = Recorder(engine)
+    state = InstanceState(PROFILE, calibration=Calibration(PROFILE), wall_s=lambda: 1000.0)
+    for i in range(60):
+        engine.add(Sequence(i, 40, 300, 300, arrived_s=i * 0.01), i * 0.01)
+    while (now_s := engine.next_event_s()) is not None:
+        engine.advance(now_s)
+        state.take(recorder.capture(now_s, 1000.0))
+    assert state.scale == pytest.approx(1.2, rel=0.03)
 
 
 def test_a_known_speed_scales_the_prediction():

@@ -54,6 +54,7 @@ def test_a_stage_that_does_not_exist_lists_those_that_do():
             "not a table of requests",
         ),
     ],
+    ids=["no gzip", "other columns", "not numbers"],  # the bytes hold the time of their making
 )
 def test_a_broken_table_of_requests_is_named(tmp_path, content, message):
     shutil.copy(DATA / "llama2-7b" / "engine.json", tmp_path)

@@ -17,6 +17,10 @@ import click
 @click.option(
     "--stale-after", default=3.0, show_default=True, help="Seconds after which a busy engine's snapshot is not used."
 )
+@click.option(
+    "--calibrate/--no-calibrate", default=True, show_default=True,
+    help="Correct the profile's scale slowly by the engine's own steps (at most by a factor of two).",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready.")
 def command(
     *,
@@ -27,6 +31,7 @@ def command(
     port: int,
     min_interval_ms: float,
     stale_after: float,
+    calibrate: bool,
     as_json: bool,
 ) -> None:
     """Serve one engine's scheduler state as a stream and predict what a request would meet there.
@@ -71,5 +76,5 @@ def command(
 
         run(
             run_predictor(state_source, step_times, bound, on_ready, speed=speed, min_interval_s=min_interval_ms / 1e3,
-                          stale_after_s=stale_after)
+                          stale_after_s=stale_after, calibrating=calibrate)
         )  # fmt: skip

@@ -4,6 +4,7 @@ Nothing here compares candidates: a candidate whose evidence is missing goes in 
 combination say what then happens to all of them.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from random import Random
@@ -140,7 +141,7 @@ class Decider:
             "output_tokens": exchange.expected_total, "now_s": now_s, "horizon_s": self._config.horizon_s, "harm": harm,
         }  # fmt: skip
         try:
-            return self._oracle.predict_all(mirrors, **question)
+            predictions = self._oracle.predict_all(mirrors, **question)
         except MODEL_ERRORS:
             for instance_id, mirror in zip(ids, mirrors, strict=True):  # whose fault was it?
                 try:
@@ -148,6 +149,13 @@ class Decider:
                 except MODEL_ERRORS as error:
                     self.evidence[instance_id].spoiled(f"the engine model cannot work with its snapshot: {error!r}")
             return None
+        for instance_id, prediction in zip(ids, predictions, strict=True):
+            if (
+                not 0 <= prediction.ttft_s <= prediction.e2e_s < math.inf
+            ):  # NaN included: it would win or lose every comparison
+                self.evidence[instance_id].spoiled(f"the engine model predicts {prediction.e2e_s} s from its snapshot")
+                return None
+        return predictions
 
     def max_tokens(self, request: Request, instance_id: InstanceId) -> int:
         """The most that a request can generate there: its own limit, or what its prompt leaves of the context."""

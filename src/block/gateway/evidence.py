@@ -18,11 +18,12 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from block.core import InstanceId, Load, Request
+from block.engine.limits import EngineLimits
 from block.errors import BadInputError, ConfigError
 from block.gateway.expectations import Expectations, KeptTotals
 from block.predict.snapshot import BLOCKS, COMPUTED, PROMPT, EngineSnapshot, decode, request_key
 from block.predict.whatif import Mirror
-from block.steptime.curve import StepCurve
+from block.steptime.profile import StepTimeProfile
 
 REQUESTS_MAX: Final = 16384
 SKEW_MAX_S: Final = 5.0
@@ -51,7 +52,7 @@ class Counters(NamedTuple):
 
 
 class Evidence:
-    """Of one instance. Fed by its ``Subscription`` (frames, curve), by dispatch (sent, ended); asked by decisions."""
+    """Of one instance. Fed by its ``Subscription`` (frames, step times), by dispatch (sent, ended); asked by decisions."""
 
     def __init__(
         self, instance: InstanceId, expectations: Expectations, *, stale_after_s: float, unseen_after_s: float
@@ -67,6 +68,9 @@ class Evidence:
         self._frame: bytes | None = None
         self._received_s = self._taken_s = 0.0
         self._running = 0
+        self._profile: StepTimeProfile | None = None
+        self._scale = 1.0
+        self._limits: EngineLimits | None = None
         self._mirror: Mirror | None = None
         self._loaded = False
         self._counters: Counters | None = None
@@ -79,9 +83,9 @@ class Evidence:
         self._frame, self._received_s = frame, now_s
         self.frames += 1
 
-    def take_curve(self, curve: StepCurve, input_s: float, output_s: float) -> None:
-        """The instance's step-time curve, calibrated, and the seconds before and after the scheduler."""
-        self._mirror, self._loaded = Mirror(curve, input_s, output_s), False
+    def take_profile(self, profile: StepTimeProfile, scale: float) -> None:
+        """The instance's step times and what its predictor's calibration multiplies them by."""
+        self._profile, self._scale, self._mirror, self._loaded = profile, scale, None, False
 
     def lost(self, problem: str) -> None:
         """The predictor is gone; what it said last ages."""
@@ -148,12 +152,17 @@ class Evidence:
         """
         if not self.fresh(now_s):
             return None
-        if self._mirror is None:
+        profile, snapshot = self._profile, self.snapshot
+        assert snapshot is not None
+        if profile is None:
             self.problem = "its predictor told no step times"
             return None
+        if self._mirror is None or self._limits != snapshot.limits:
+            curve = profile.curve(self._scale, snapshot.limits)
+            self._mirror, self._limits = Mirror(curve, profile.input_s, profile.output_s), snapshot.limits
         if not self._loaded:
-            assert self.snapshot is not None
-            self._mirror.load(self.snapshot, self._totals.of(self.snapshot, self.model, now_s))
+            self._mirror.load(snapshot, self._totals.of(snapshot, self.model, now_s))
+            self._mirror.output_s = profile.output_s + profile.output_request_s * (snapshot.running + 1)
             self._loaded = True
             for unseen in self._unseen.values():
                 self._mirror.add(*unseen)

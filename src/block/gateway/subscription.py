@@ -1,13 +1,14 @@
-"""Listening to one predictor: its snapshot stream and its step-time curve, for as long as the gateway runs.
+"""Listening to one predictor: its snapshot stream and its step times, for as long as the gateway runs.
 
 The stream is ``GET /snapshots``: an endless chunked body of frames, each a little-endian u32 length and a snapshot. Only
-the newest frame of what a read brought is passed on. The curve is ``GET /profile``, asked at connect and every few
+the newest frame of what a read brought is passed on. The step times are ``GET /profile``, asked at connect and every few
 seconds since calibration moves it.
 """
 
 import asyncio
 import logging
 import time
+from itertools import pairwise
 from random import Random
 from time import monotonic
 from typing import Any, Final, cast
@@ -19,11 +20,13 @@ import msgspec
 
 from block.gateway.evidence import Evidence
 from block.gateway.upstream import set_nodelay
-from block.steptime.curve import StepCurve
 from block.steptime.profile import StepTimeProfile
 
 FRAME_BYTES_MAX: Final = 4 << 20
 PROFILE_EVERY_S: Final = 5.0
+KNOTS_MAX: Final = 4096
+TOKENS_MAX: Final = 1 << 20
+STEP_MAX_S: Final = 100.0
 RETRY_FIRST_S: Final = 0.1
 RETRY_LAST_S: Final = 2.0
 
@@ -105,7 +108,7 @@ class SnapshotStream(asyncio.Protocol):
 
 
 class Subscription:
-    """Keeps one predictor's stream open and its curve current; says nothing when all is well, once when it is not."""
+    """Keeps one predictor's stream open and its step times current; says nothing when all is well, once when it is not."""
 
     def __init__(self, url: str, evidence: Evidence, session: aiohttp.ClientSession, rng: Random) -> None:
         self._url, self._evidence, self._session, self._rng = url.rstrip("/"), evidence, session, rng
@@ -160,7 +163,7 @@ class Subscription:
                     return False
             if body == self._profile_bytes:
                 return True
-            self._evidence.take_curve(*_curve_of(body))
+            self._evidence.take_profile(*profile_of(body))
             self._profile_bytes = body
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False
@@ -170,17 +173,28 @@ class Subscription:
         return True
 
 
-def _curve_of(body: bytes) -> tuple[StepCurve, float, float]:
-    """The step-time curve of a ``/profile`` answer, the seconds before the scheduler and after it.
+def profile_of(body: bytes) -> tuple[StepTimeProfile, float]:
+    """The step times of a ``/profile`` answer and their scale.
 
     Raises:
-        ValueError, MsgspecError: it is none.
+        ValueError, MsgspecError: it is none, or no engine can be like that (it could send the engine model astray).
     """
     fields = msgspec.json.decode(body, type=dict[str, Any])
     scale = fields.pop("scale", 1.0)
-    if isinstance(fields.get("profile"), dict):
-        fields = fields["profile"]
     if not isinstance(scale, int | float) or not 0.01 < scale < 100:
         raise ValueError(f"a scale of {scale!r}")
     profile = msgspec.convert(fields, StepTimeProfile)
-    return profile.curve(float(scale)), profile.input_s, profile.output_s
+    for knots in (profile.decode_knots, profile.mixed_knots):
+        rising = all(a[0] < b[0] for a, b in pairwise(knots))
+        if (
+            not 0 < len(knots) <= KNOTS_MAX
+            or not rising
+            or not all(0 <= x <= TOKENS_MAX and 0 < y < STEP_MAX_S for x, y in knots)
+        ):
+            raise ValueError("knots out of range")
+    seconds = [
+        value for name, value in msgspec.structs.asdict(profile).items() if name.endswith("_s") and value is not None
+    ]
+    if not all(0 <= value < STEP_MAX_S for value in seconds):
+        raise ValueError("seconds out of range")
+    return profile, float(scale)

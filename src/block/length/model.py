@@ -79,7 +79,8 @@ class ServedModel(msgspec.Struct, frozen=True):
 
 class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
     """See the module's text. ``linear`` (w), ``rarity``: (HASH_SIZE,); ``dense_*``: (dense features,);
-    ``vector_*``: (dimensions,), of length 0 without an encoder, else ``encoder`` is needed to place a request."""
+    ``vector_*``: (dimensions,), of length 0 without an encoder, else ``encoder`` is needed to place a request.
+    ``effect_low`` and ``effect_high`` bound the effect without its pull, so that an odd prompt gets no absurd one."""
 
     linear: Vector
     rarity: Vector
@@ -91,6 +92,8 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
     location_trees: Trees
     scale_trees: Trees
     pull_weight: float
+    effect_low: float
+    effect_high: float
     mix: float
     family: Family
     served: dict[str, ServedModel]
@@ -111,7 +114,8 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
             words += float((self.encoder.encode([text])[0] - self.vector_mean) @ self.vector_weight)
         row = np.concatenate([features.dense, np.array([words, served.offset, served.spread], dtype=np.float32)])
         pull = self.pull_weight * float(asked_pull(features.dense[None, :], served.offset)[0])
-        effect = self.mix * self.location_trees.one(row) + (1.0 - self.mix) * words + pull
+        plain = self.mix * self.location_trees.one(row) + (1.0 - self.mix) * words
+        effect = min(max(plain, self.effect_low), self.effect_high) + pull
         row[-3] = effect
         scale = served.width * float(np.exp(self.scale_trees.one(row)))
         return Place(served.offset + served.slope * effect, scale, known is not None)
@@ -125,7 +129,8 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
             arrays |= {f"{name}_{field}": getattr(trees, field) for field in _TREES}
         header = {
             "format": FORMAT, "version": VERSION, "features": list(DENSE_NAMES), "hash_size": HASH_SIZE,
-            "intercept": self.intercept, "pull_weight": self.pull_weight, "mix": self.mix, "about": self.about,
+            "intercept": self.intercept, "pull_weight": self.pull_weight, "mix": self.mix,
+            "effect_low": self.effect_low, "effect_high": self.effect_high, "about": self.about,
             "encoder": None if self.encoder is None else self.encoder.about,
             "unknown": msgspec.to_builtins(self.unknown),
             "served": [msgspec.to_builtins(served) for served in self.served.values()],
@@ -189,6 +194,8 @@ def _of_arrays(arrays: dict[str, NDArray[Any]], header: dict[str, Any]) -> Lengt
         location_trees=Trees(*(arrays[f"location_{field}"] for field in _TREES)),
         scale_trees=Trees(*(arrays[f"scale_{field}"] for field in _TREES)),
         pull_weight=float(header["pull_weight"]),
+        effect_low=float(header["effect_low"]),
+        effect_high=float(header["effect_high"]),
         mix=float(header["mix"]),
         family=Family(*(arrays[name].astype(np.float64) for name in _FAMILY)),
         served={model.name: model for model in msgspec.convert(header["served"], list[ServedModel])},

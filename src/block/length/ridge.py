@@ -10,8 +10,8 @@ from scipy.sparse.linalg import lsqr
 from block.length.distribution import Floats
 from block.length.model import CLIP, Vector
 
-RIDGES = (0.5, 1.0, 2.0, 4.0, 8.0, 32.0)
-_DENSE_SHARE = 0.15  # how much a dense feature, at one standard deviation, weighs against the whole bag of words
+RIDGES = (0.12, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 32.0)
+_DENSE_SHARE = 0.08  # how much a dense feature, at one standard deviation, weighs against the whole bag of words
 _VECTOR_SHARE = 0.7  # how much an embedding (of length 1) does
 
 
@@ -38,7 +38,8 @@ class WordsRidge:
         _, first = np.unique(prompt, return_index=True)
         self._prompt, self._fold = prompt, fold[first]
         seen = np.asarray((words[first] > 0).sum(axis=0)).ravel()
-        self.rarity: Vector = np.log((len(first) + 1) / (seen + 1)).astype(np.float32)
+        rarity = np.sqrt(np.log((len(first) + 1) / (seen + 1)))  # the root: common cue words matter ("explain")
+        self.rarity: Vector = np.where(seen > 1, rarity, 0.0).astype(np.float32)
         weighted = words[first].multiply(self.rarity).tocsr()
         norms = np.sqrt(np.asarray(weighted.multiply(weighted).sum(axis=1)).ravel())
         self.mean: Vector = dense[first].mean(axis=0)

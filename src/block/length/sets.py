@@ -63,7 +63,12 @@ def _file(path: Path, model: str) -> Iterator[Record]:
         for row in _loads(path.read_bytes()):
             yield _instruction(row, model or "gpt-4", name)
         return
-    first: dict[str, Any] = next(_loads_lines(path.read_bytes()), {})
+    try:
+        first: dict[str, Any] = next(_loads_lines(path.read_bytes()), {})
+    except json.JSONDecodeError:
+        first = {}  # a log: `read_log` says which line
+    if not isinstance(first, dict):
+        first = {}
     if "user_query" in first:
         for row in _loads_lines(path.read_bytes()):
             tokens = answer_tokens(row["chatgpt_response"])

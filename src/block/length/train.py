@@ -30,6 +30,7 @@ FOLDS = 5
 RECORDS_MIN = 50
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SLOPES = np.linspace(0.0, 1.3, 27)
+_BEYOND = 0.3  # how far beyond what training saw an effect may reach, in logs
 _PULLS = np.linspace(0.0, 1.0, 21)
 _SHRINK = 30.0
 PULL_PRIOR = 0.6
@@ -109,7 +110,8 @@ def fit(
     location = _Boost(rounds, threads, _leaf_rows(table), "l1")
     guess = location.out_of_fold(columns, rest, table.fold)
     mix = min(MIXES, key=lambda m: float(np.abs(rest - m * guess - (1 - m) * score).mean()))
-    effect = mix * guess + (1 - mix) * score + pull_weight * pull
+    plain = mix * guess + (1 - mix) * score
+    effect = plain + pull_weight * pull
     slope = _slopes(table, target, effect)
     residual = target - slope[table.model] * effect
 
@@ -130,7 +132,9 @@ def fit(
         linear=linear.words, rarity=ridge.rarity, intercept=linear.intercept, dense_mean=ridge.mean,
         dense_weight=linear.dense, vector_mean=ridge.vector_mean, vector_weight=linear.vector, encoder=encoder,
         location_trees=location.fit(columns, rest), scale_trees=width_boost.fit(columns_effect, log_spread),
-        pull_weight=pull_weight, mix=mix, family=family, served=served, unknown=typical(served),
+        pull_weight=pull_weight, effect_low=float(np.quantile(plain, 0.002)) - _BEYOND,
+ effect_high=float(np.quantile(plain, 0.998)) + _BEYOND,
+ mix=mix, family=family, served=served, unknown=typical(served),
         about={"records": len(records), "prompts": int(table.prompt.max()) + 1},
     )  # fmt: skip
 
@@ -149,7 +153,7 @@ class _Boost:
     def __init__(self, rounds: int, threads: int, leaf: int, objective: str) -> None:
         self._rounds = rounds
         self._parameters = {
-            "objective": objective, "num_leaves": 15, "max_depth": DEPTH_MAX, "learning_rate": 0.04,
+            "objective": objective, "num_leaves": 15, "max_depth": DEPTH_MAX, "learning_rate": min(10.0 / rounds, 0.1),
             "min_data_in_leaf": leaf, "feature_fraction": 0.5, "bagging_fraction": 0.8, "bagging_freq": 1,
             "lambda_l2": 5.0, "use_missing": False, "num_threads": threads, "seed": 1, "deterministic": True,
             "force_row_wise": True, "verbose": -1,

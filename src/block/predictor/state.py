@@ -14,6 +14,7 @@ from block.predict.whatif import Mirror, Oracle
 from block.predictor.lengths import LengthHistory, scenarios_of
 from block.steptime.profile import StepTimeProfile
 
+SCALE_KEPT_WITHIN = 0.003  # a smaller correction is not worth making the step times anew
 _LENGTH = struct.Struct("<I")
 _Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 
@@ -39,7 +40,7 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Calibration(Protocol):
-    """Corrects the profile while the engine runs. ``scale`` multiplies all step times; it is bounded by its maker."""
+    """Corrects the profile while the engine runs. ``scale`` multiplies all step times, a known speed included."""
 
     scale: float
 
@@ -75,7 +76,7 @@ class InstanceState:
     @property
     def scale(self) -> float:
         """What multiplies the profile's step times."""
-        return (1.0 if self._calibration is None else self._calibration.scale) / self._speed
+        return 1.0 / self._speed if self._calibration is None else self._calibration.scale
 
     def take(self, frame: bytes) -> None:
         """The engine's newest snapshot.
@@ -141,7 +142,7 @@ class InstanceState:
             raise ClientError(400, f"{error}.", param="quantiles") from error
 
     def _current_mirror(self, snapshot: EngineSnapshot) -> Mirror:
-        if self._mirror is None or self.scale != self._scale:
+        if self._mirror is None or abs(self.scale / self._scale - 1.0) > SCALE_KEPT_WITHIN:
             self._scale = self.scale
             profile = self.profile
             self._mirror = Mirror(profile.curve(self._scale, snapshot.limits), profile.input_s, profile.output_s)

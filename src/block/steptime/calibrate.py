@@ -20,7 +20,7 @@ WINDOW_STEPS = 16
 MEDIAN_OF = 9
 GAIN = 0.25
 STEP_MOST = math.log(1.05)  # what one window may change
-LEAST, MOST = 0.5, 2.0  # what all may
+LEAST, MOST = 0.5, 2.0  # what all may, against the scale that it began with
 
 
 class Reported(Protocol):
@@ -43,10 +43,14 @@ class CalibrationState(msgspec.Struct, frozen=True):
 
 
 class Calibration:
-    """Feed it every snapshot of one engine; read ``scale``, by which to multiply the profile's times."""
+    """Feed it every snapshot of one engine; read ``scale``, by which to multiply the profile's times.
 
-    def __init__(self, profile: StepTimeProfile) -> None:
-        self.scale = 1.0
+    ``scale`` is where it begins: 1 / speed for an engine whose speed against the profile is known.
+    """
+
+    def __init__(self, profile: StepTimeProfile, scale: float = 1.0) -> None:
+        self.scale = scale
+        self._least, self._most = LEAST * scale, MOST * scale
         self._profile = profile
         self._limits: EngineLimits | None = None
         self._epoch: int | None = None
@@ -87,10 +91,10 @@ class Calibration:
         if observed_s <= 0 or modelled_s <= 0:
             return
         self._windows += 1
-        self._recent.append(math.log(min(max(observed_s / modelled_s, LEAST), MOST)))
+        self._recent.append(math.log(min(max(observed_s / modelled_s, self._least), self._most)))
         left = float(np.median(self._recent)) - math.log(self.scale)
         change = min(max(GAIN * left, -STEP_MOST), STEP_MOST)
-        self.scale = min(max(self.scale * math.exp(change), LEAST), MOST)
+        self.scale = min(max(self.scale * math.exp(change), self._least), self._most)
 
     def _play(self, steps: list[Any]) -> float:
         """Seconds from the first step's results to the last one's in the unscaled profile (see ``engine.pipeline``)."""
