@@ -29,7 +29,7 @@ types:
 unit:
 	$(BIN)/pytest -n 2
 
-test-vllm: setup  ## real vLLM on this machine's CPU: 2 GB into .venv-vllm; 1 minute to install, 7 to run
+test-vllm: setup  ## real vLLM on this machine's CPU: 2 GB into .venv-vllm; 1 minute to install, 8 to run
 	tools/vllm/install.sh $(VENV)-vllm
 	BLOCK_VLLM_ENV=$(VENV)-vllm $(BIN)/pytest tests/vllm
 

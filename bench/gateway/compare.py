@@ -15,7 +15,21 @@ import shutil
 from contextlib import ExitStack
 from typing import Any
 
-from rig import HERE, Measured, Paced, free_ports, heading, median_of, paced, process, python, require_wrk, rss_mb, wrk
+from rig import (
+    HERE,
+    Measured,
+    Paced,
+    free_ports,
+    heading,
+    median_of,
+    median_paced,
+    paced,
+    process,
+    python,
+    require_wrk,
+    rss_mb,
+    wrk,
+)
 
 CASES = {"c=1": (1, False), "c=32": (32, False), "c=1 stream": (1, True), "c=32 stream": (32, True)}
 INSTANCES = 12
@@ -113,7 +127,7 @@ def measure_paced(options: argparse.Namespace, router: str | None) -> dict[str, 
         for _ in range(options.rounds):
             for name, (url, pid) in things.items():
                 found.setdefault(name, []).append(paced(url, pid, streams=32, seconds=options.seconds))
-    return {name: sorted(each, key=lambda run: run.ttft_p50_ms)[len(each) // 2] for name, each in found.items()}
+    return {name: median_paced(each) for name, each in found.items()}
 
 
 def show(result: dict[str, Any]) -> None:

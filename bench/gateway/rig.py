@@ -166,6 +166,15 @@ def paced(url: str, pid: int | None, *, streams: int, seconds: float) -> Paced:
     return Paced(p50 * 1e3, p99 * 1e3, None if spent_s is None else spent_s / max(events, 1) * 1e6, events)
 
 
+def median_paced(runs: list[Paced]) -> Paced:
+    """Field by field."""
+    cpu = [run.cpu_us_per_event for run in runs if run.cpu_us_per_event is not None]
+    return Paced(
+        statistics.median(run.ttft_p50_ms for run in runs), statistics.median(run.ttft_p99_ms for run in runs),
+        statistics.median(cpu) if cpu else None, sum(run.events for run in runs),
+    )  # fmt: skip
+
+
 async def _paced(url: str, streams: int, seconds: float) -> tuple[list[float], int]:
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps(PROMPT | {"stream": True}).encode()

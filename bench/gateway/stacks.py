@@ -173,7 +173,7 @@ STACKS = {"aiohttp": serve_aiohttp, "starlette": serve_starlette, "raw": serve_r
 
 
 def compare(options: argparse.Namespace) -> None:
-    from rig import HERE, free_ports, heading, median_of, paced, process, python, require_wrk, wrk
+    from rig import HERE, free_ports, heading, median_of, median_paced, paced, process, python, require_wrk, wrk
 
     require_wrk()
     print(f"{heading()}\n{options.rounds} rounds of {options.seconds:g} s, medians\n")
@@ -223,7 +223,7 @@ def compare(options: argparse.Namespace) -> None:
     )
     for name, kept in found.items():
         one, many = median_of(kept["c1"]), median_of(kept["c32"])
-        run = sorted(kept["paced"], key=lambda each: each.cpu_us_per_event)[len(kept["paced"]) // 2]
+        run = median_paced(kept["paced"])
         print(f"{name:12s}{one.p50_ms:13.3f}{many.rps:13,.0f}{many.cpu_us:13.0f}", end="")
         print(f"{run.ttft_p50_ms:13.2f}{run.cpu_us_per_event:13.1f}")
 
