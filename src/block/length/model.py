@@ -11,6 +11,7 @@ It says where the logarithm of an answer's length lies and how widely it spreads
 ``vector`` is a sentence embedding where the model was trained with an encoder (`encoder`), else it has no columns.
 """
 
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -158,7 +159,7 @@ def load_model(path: Path) -> LengthModel:
     try:
         if path.stat().st_size > _BYTES_MAX:
             raise BadInputError(f"{path} is too large to be a length model.")
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays["header"].tobytes())
         _check_header(path, header)

@@ -1,0 +1,66 @@
+"""``block length`` as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from length_records import made_up
+
+from block.cli.length import command
+from block.errors import BadInputError, ConfigError
+
+pytest.importorskip("lightgbm", reason="training needs LightGBM: pip install 'block-llm[length]'")
+
+
+def run(*arguments: str, text: str | None = None) -> Result:
+    return CliRunner().invoke(command, list(arguments), input=text, catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("logs") / "log.jsonl"
+    rows = [{"model": r.model, "prompt": r.text, "output_tokens": r.output_tokens} for r in made_up(400)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_train_then_predict_then_eval(log: Path, tmp_path: Path) -> None:
+    file = str(tmp_path / "m.npz")
+    made = json.loads(run("train", str(log), "-o", file, "--json").stdout)
+    assert made["records"] == 400
+    assert made["served_models"] == ["m"]
+    picture = tmp_path / "p.svg"
+    asked = ["predict", "Explain bees near Rome coal and Oslo", "--model-file", file, "--served", "m", "--json"]
+    told = json.loads(run(*asked, "--picture", str(picture)).stdout)
+    assert told["quantiles"]["0.1"] < told["expected_total_tokens"] < told["quantiles"]["0.9"]
+    assert picture.read_text().lstrip().startswith("<?xml")
+    later = json.loads(run(*asked, "--generated", "500").stdout)
+    assert later["expected_total_tokens"] > 500
+    reports = json.loads(run("eval", str(log), "--model-file", file, "--folds", "2", "--json").stdout)
+    assert {"constant", "constant mean", "history", "prompt length", "learned"} == set(reports[0]["scores"])
+    assert reports[0]["gains"]["learned"]["mae_vs_mean"] > 0.3
+
+
+def test_eval_prints_tables_for_people(log: Path) -> None:
+    shown = run("eval", str(log), "--folds", "2").stdout
+    assert "unseen prompts" in shown
+    assert "constant mean" in shown
+
+
+def test_predict_reads_messages_from_standard_input_and_has_a_shipped_model() -> None:
+    messages = json.dumps([{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Why is ice cold?"}])
+    told = json.loads(run("predict", "-", "--max-tokens", "30", "--json", text=messages).stdout)
+    assert told["quantiles"]["0.95"] <= 30
+    assert "expected" in run("predict", "Why is ice cold?").stdout
+
+
+def test_bad_input_is_one_sentence(log: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="does not exist"):
+        run("train", str(tmp_path / "no.jsonl"), "-o", str(tmp_path / "m.npz"))
+    with pytest.raises(ConfigError, match="folder"):
+        run("train", str(log), "-o", str(tmp_path / "no" / "m.npz"))
+    with pytest.raises(ConfigError, match="png"):
+        run("predict", "x", "--picture", "x.gif")
+    with pytest.raises(BadInputError, match="not a length model"):
+        run("predict", "x", "--model-file", str(log))
