@@ -27,7 +27,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_train_then_predict_then_eval(log: Path, tmp_path: Path) -> None:
     file = str(tmp_path / "m.npz")
-    made = json.loads(run("train", str(log), "-o", file, "--json").stdout)
+    made = json.loads(run("train", str(log), "-o", file, "--rounds", "30", "--json").stdout)
     assert made["records"] == 400
     assert made["served_models"] == ["m"]
     picture = tmp_path / "p.svg"
@@ -43,7 +43,7 @@ def test_train_then_predict_then_eval(log: Path, tmp_path: Path) -> None:
 
 
 def test_eval_prints_tables_for_people(log: Path) -> None:
-    shown = run("eval", str(log), "--folds", "2").stdout
+    shown = run("eval", str(log), "--folds", "2", "--rounds", "10").stdout
     assert "unseen prompts" in shown
     assert "constant mean" in shown
 

@@ -1,5 +1,6 @@
 """``block length``: train, score and ask the output-length estimator."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,11 +30,12 @@ def command() -> None:
 @click.option("--transformer", type=_PATH, help="An encoder's folder: fine-tunes it instead (extra length-neural).")
 @click.option("--epochs", default=3, show_default=True, type=click.IntRange(1), help="With --transformer.")
 @click.option("--device", default="cpu", show_default=True, help="With --transformer: cpu or cuda.")
+@click.option("--rounds", default=250, show_default=True, type=click.IntRange(1), help="Boosted trees.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
 def train(
     data: tuple[Path, ...], output: Path, model: str, encoder: Path | None, transformer: Path | None, epochs: int,
-    device: str, threads: int, as_json: bool,
+    device: str, rounds: int, threads: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Train an estimator on DATA and write it to a file that `--length-estimator learned:FILE` takes.
 
@@ -69,7 +71,7 @@ def train(
         tuned.save(output)
         served = tuned.served
     else:
-        fitted = fit(records, encoder=_encoder(encoder), threads=threads)
+        fitted = fit(records, encoder=_encoder(encoder), rounds=rounds, threads=threads)
         fitted.save(output)
         served = fitted.served
     size = sum(f.stat().st_size for f in ([output] if output.is_file() else output.iterdir()))
@@ -90,12 +92,13 @@ def train(
 @click.option("--model-file", type=_PATH, help="Score this model on DATA, instead of one cross-validated on DATA.")
 @click.option("--model", default="", help="The served model, where DATA does not name it.")
 @click.option("--encoder", type=_PATH, help="Cross-validate with sentence embeddings of this encoder.")
+@click.option("--rounds", default=250, show_default=True, type=click.IntRange(1), help="Boosted trees.")
 @click.option("--folds", default=5, show_default=True, type=click.IntRange(2, 20))
 @click.option("--separately", is_flag=True, help="Train on each set alone instead of on all together.")
 @click.option("--by-set", is_flag=True, help="Leave out the lines of single served models.")
 @click.option("--json", "as_json", is_flag=True, help="Print all scores as JSON.")
 def evaluate(
-    data: tuple[Path, ...], model_file: Path | None, model: str, encoder: Path | None, folds: int, separately: bool,
+    data: tuple[Path, ...], model_file: Path | None, model: str, encoder: Path | None, rounds: int, folds: int, separately: bool,
     by_set: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Score estimators on prompts of DATA that they have not seen, against baselines and the noise floor.
@@ -126,9 +129,9 @@ def evaluate(
 
         placer = load_placer(model_file)
         tellers["learned"] = lambda _: tell_learned(placer)
-    elif encoder is not None:
+    else:
         sentence = _encoder(encoder)
-        tellers["learned"] = lambda train: tell_learned(fit(train, encoder=sentence))
+        tellers["learned"] = lambda train: tell_learned(fit(train, encoder=sentence, rounds=rounds))
     told = {}
     console = Console(stderr=True)
     with console.status("reading features") as status:
@@ -177,7 +180,7 @@ def predict(
 
     if picture is not None and (picture.suffix not in (".png", ".svg") or not picture.parent.is_dir()):
         raise ConfigError("Pictures are written as .png or .svg, into a folder that exists.")
-    text = _prompt(click.get_text_stream("stdin").read() if prompt == "-" else prompt)
+    text = _prompt(sys.stdin.read() if prompt == "-" else prompt)
     request = Request(
         id="asked",
         arrived_s=0.0,

@@ -54,6 +54,11 @@ class DistributionBank:
     def __len__(self) -> int:
         return self._rows
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the rows."""
+        return self._survival.nbytes + self._tail.nbytes
+
     def add(self, survival: Floats) -> int:
         """Append a row and return its index. ``survival``: (edges,), P(T > edge), 1 at edge 0, never rising."""
         return self.extend(survival[None, :])

@@ -68,7 +68,8 @@ class SentenceEncoder:
 
 def seen_text(text: str) -> str:
     """What an encoder reads of a request: the last message, head and tail; "?" when it is empty."""
-    return clipped(split_chat(text)[-1][1], SEEN_CHARS // 2).strip() or "?"
+    seen = clipped(split_chat(text)[-1][1], SEEN_CHARS // 2).strip()
+    return seen.encode("utf-8", "replace").decode() or "?"
 
 
 def encoder_of(about: dict[str, str]) -> SentenceEncoder:

@@ -150,7 +150,7 @@ def fine_tune(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
             optimiser.step()
-        progress(f"epoch {epoch + 1} of {epochs}: loss {float(loss):.3f}")
+        progress(f"epoch {epoch + 1} of {epochs}: loss {float(loss.detach()):.3f}")
     served = {
         name: ServedModel(name, int((model == m).sum()), float(offset[m]), float(spread[m]), 1.0, 1.0)
         for name, m in names.items()
