@@ -98,11 +98,10 @@ def trees_cost() -> dict[str, float]:
 def quality(records: Sequence[Record]) -> list[object]:
     import msgspec
 
-    shown = []
+    shown: list[object] = []
     for name in sorted({r.dataset for r in records}):
         some = [r for r in records if r.dataset == name]
-        for one in report(some, cross_validate(some, TELLERS), by_model=False):
-            shown.append(msgspec.to_builtins(one))
+        shown += [msgspec.to_builtins(one) for one in report(some, cross_validate(some, TELLERS), by_model=False)]
     return shown
 
 

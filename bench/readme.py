@@ -1,9 +1,9 @@
 """Put measured figures into README.md, between its ``<!-- results:NAME -->`` marks.
 
-    block demo --json > demo.json
-    python bench/fidelity.py --json > fidelity.json
-    block bench whatif --json > whatif.json
-    python bench/readme.py demo=demo.json fidelity=fidelity.json whatif=whatif.json
+block demo --json > demo.json
+python bench/fidelity.py --json > fidelity.json
+block bench whatif --json > whatif.json
+python bench/readme.py demo=demo.json fidelity=fidelity.json whatif=whatif.json
 """
 
 import json
@@ -25,7 +25,9 @@ def demo(figures: dict[str, Any]) -> str:
     for name, p in figures["policies"].items():
         seconds = (p["ttft_s_mean"], p["ttft_s_p50"], p["ttft_s_p99"], p["e2e_s_mean"], p["e2e_s_p99"])
         cells = " | ".join(f"{s:.2f} s" for s in seconds)
-        rows.append(f"| {name} | {cells} | {p['tpot_s_mean'] * 1e3:.1f} ms | {p['preemptions']} | {p['requests_rps']:.0f} |")
+        rows.append(
+            f"| {name} | {cells} | {p['tpot_s_mean'] * 1e3:.1f} ms | {p['preemptions']} | {p['requests_rps']:.0f} |"
+        )
     late_ms = figures["lateness_s_p99"] * 1e3
     note = f"\n\n<sub>`block demo` on {machine()}; emulation at most {late_ms:.0f} ms late (P99). {commit()}.</sub>"
     return head + "\n".join(rows) + note

@@ -19,7 +19,6 @@ cdef class FastEngine(EngineStore):
     cdef bint _empty_step(self) noexcept
     cdef void _admit_waiting(self, int budget) noexcept
     cdef bint _head_fits(self, int budget, int free) noexcept
-    cdef void _allocate_under_pressure(self) noexcept
     cdef bint _grow(self, int r, int tokens) noexcept
     cdef int _preempt_last(self) noexcept
     cdef void _enter_decoding(self, int r) noexcept

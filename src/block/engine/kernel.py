@@ -387,10 +387,11 @@ class FastEngine(EngineStore):
         work: cython.double = 0.0
         completed: cython.int = 0
         blocks: cython.int = self.hist[self._residue(self.g)]
-        if blocks <= self.free:
-            self.free -= blocks
-        else:
-            self._allocate_under_pressure()
+        while blocks > self.free:
+            # vLLM gives blocks in admission order and preempts from the other end; whoever is left has its block.
+            self._preempt_last()
+            blocks = self.hist[self._residue(self.g)]
+        self.free -= blocks
         budget -= self.nd
         decodes = self.nd
         context = self.context
@@ -484,31 +485,12 @@ class FastEngine(EngineStore):
 
     # ---- memory pressure
 
-    def _allocate_under_pressure(self):
-        """Give each decoding request its block in admission order, preempting from the other end."""
-        i: cython.int = 0
-        r: cython.int
-        alive: cython.bint
-        self._compact_order()
-        while i < self.order_n:
-            r = self.order[i]
-            if self.rows[r, STATE] == DECODE and self._computed(r) % self.block_size == 0:
-                alive = True
-                while self.free < 1:
-                    if self._preempt_last() == r:
-                        alive = False
-                        break
-                if alive:
-                    self.free -= 1
-            i += 1
-
     def _grow(self, r, tokens):
         """Blocks for the next chunk of a prefilling request; False if a preemption changed the list instead."""
         need: cython.int = self._blocks_for(self.rows[r, COMPUTED] + tokens) - self.rows[r, BLOCKS]
         if need <= 0:
             return True
         if need > self.free:
-            self._compact_order()
             self._preempt_last()
             return False
         self.free -= need
@@ -518,6 +500,8 @@ class FastEngine(EngineStore):
     def _preempt_last(self):
         """Preempt the last admitted request; it loses its blocks and returns to the head of the queue. Returns its row."""
         self.order_n -= 1
+        while not self._runs(self.order[self.order_n]):
+            self.order_n -= 1
         r: cython.int = self.order[self.order_n]
         state: cython.int = self.rows[r, STATE]
         i: cython.int

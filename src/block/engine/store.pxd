@@ -68,6 +68,7 @@ cdef class EngineStore:
     cdef void _arrive(self) noexcept
     cdef void _queue(self, int r) noexcept
     cdef void _push_order(self, int r) noexcept
+    cdef bint _runs(self, int r) noexcept
     cdef void _compact_order(self) noexcept
     cdef void _heap_push(self, int key, int r) noexcept
     cdef void _heap_pop(self) noexcept

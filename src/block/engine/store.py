@@ -226,11 +226,15 @@ class EngineStore:
         self.order[self.order_n] = r
         self.order_n += 1
 
+    def _runs(self, r):
+        """Whether a row of ``order`` still stands for a running request."""
+        return PREFILL <= self.rows[r, STATE] <= LAST and self.rows[r, KEY] != -1
+
     def _compact_order(self):
         i: cython.int
         kept: cython.int = 0
         for i in range(self.order_n):
-            if PREFILL <= self.rows[self.order[i], STATE] <= LAST and self.rows[self.order[i], KEY] != -1:
+            if self._runs(self.order[i]):
                 self.order[kept] = self.order[i]
                 kept += 1
         self.order_n = kept

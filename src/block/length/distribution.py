@@ -67,7 +67,7 @@ class DistributionBank:
         """Append rows, shape (n, edges), and return the index of the first."""
         first, needed = self._rows, self._rows + len(survivals)
         if needed > len(self._survival):
-            grown = max(needed, 2 * len(self._survival)) - len(self._survival)
+            grown = max(needed - len(self._survival), len(self._survival) // 8, 8)
             more = np.zeros((grown, len(EDGES)))
             self._survival, self._tail = np.vstack([self._survival, more]), np.vstack([self._tail, more])
         self._rows = needed

@@ -25,6 +25,8 @@ from block.steptime.profile import load_profile
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 246, 326  # the means of ShareGPT
 STATES = 20
+AMPLE = 100_000  # KV blocks that never run out
+FULL = 8  # free blocks, at most, of a cache called full
 
 
 class Timing(msgspec.Struct, frozen=True):
@@ -43,9 +45,9 @@ class Timing(msgspec.Struct, frozen=True):
 def measure_whatif(seconds: float = 1.0, profile: str = "h200-llama3.1-8b") -> list[Timing]:
     """Time the three scenarios of the README on random states (seeded), about ``seconds`` of CPU each."""
     return [
-        _measure("light", 48, 0, 100_000, seconds, profile),
+        _measure("light", 48, 0, AMPLE, seconds, profile),
         _measure("full cache", 48, 50, 1056, seconds, profile),
-        _measure("many", 256, 50, 100_000, seconds, profile),
+        _measure("many", 256, 50, AMPLE, seconds, profile),
     ]
 
 
@@ -139,7 +141,7 @@ def _random_snapshot(
         rows[BLOCKS] = -(-rows[COMPUTED] // limits.block_size)
         totals = (rows[OUTPUT] + rng.integers(200, 500, count)).astype(np.int32)
         free = limits.blocks_usable - int(rows[BLOCKS].sum())
-        if free >= 0:
+        if 0 <= free <= (FULL if limits.num_gpu_blocks < AMPLE else free):
             break
     header = header_of(limits)
     header["running"], header["waiting"], header["waiting_total"] = running, waiting, waiting
