@@ -1,6 +1,6 @@
 """How faithful the engine model is: every measured stage replayed from arrivals and true lengths, whole trace, no feedback.
 
-    python bench/fidelity.py RUNS_DIR [--ground-truth DIR --tables DIR] [--markdown]
+    python bench/fidelity.py RUNS_DIR [--ground-truth DIR --tables DIR] [--markdown | --json]
 
 Train and test: a profile is fitted to the sweep and the lightest load of its model. Stages not fitted to are marked "held out"; the
 lightest loads are shown twice, under the shipped profile ("fitted to") and under one fitted without them ("held out").
@@ -13,6 +13,8 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+
+import msgspec
 
 from block.engine.limits import EngineLimits
 from block.engine.validate import Fidelity, MeasuredRequest, compare, measured_preemptions, read_stage, replay
@@ -109,10 +111,15 @@ def main() -> None:
     parser.add_argument("--ground-truth", type=Path)
     parser.add_argument("--tables", type=Path)
     parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = [cells(*row) for row in measured_rows(args.runs)]
+    scores = list(measured_rows(args.runs))
     if args.ground_truth and args.tables:
-        rows += [cells(*row) for row in ground_truth_rows(args.ground_truth, args.tables)]
+        scores += ground_truth_rows(args.ground_truth, args.tables)
+    if args.json:
+        print(json.dumps({"stages": [{"run": run, "how": how, **msgspec.to_builtins(f)} for run, how, f in scores]}))
+        return
+    rows = [cells(*score) for score in scores]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()

@@ -20,7 +20,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def demo(figures: dict[str, Any]) -> str:
-    head = "| policy | TTFT mean | P50 | P99 | E2E mean | P99 | TPOT | preempted | requests/s |\n|---|---|---|---|---|---|---|---|---|\n"
+    head = table_head("policy", "TTFT mean", "P50", "P99", "E2E mean", "P99", "TPOT", "preempted", "requests/s")
     rows = []
     for name, p in figures["policies"].items():
         seconds = (p["ttft_s_mean"], p["ttft_s_p50"], p["ttft_s_p99"], p["e2e_s_mean"], p["e2e_s_p99"])
@@ -29,27 +29,35 @@ def demo(figures: dict[str, Any]) -> str:
             f"| {name} | {cells} | {p['tpot_s_mean'] * 1e3:.1f} ms | {p['preemptions']} | {p['requests_rps']:.0f} |"
         )
     late_ms = figures["lateness_s_p99"] * 1e3
-    note = f"\n\n<sub>`block demo` on {machine()}; emulation at most {late_ms:.0f} ms late (P99). {commit()}.</sub>"
+    note = f"\n\n<sub>`block demo` on {machine()}; P99 lateness of the emulation {late_ms:.0f} ms. {commit()}.</sub>"
     return head + "\n".join(rows) + note
 
 
 def fidelity(figures: dict[str, Any]) -> str:
-    head = (
-        "Whole traces replayed from arrivals and lengths alone, against real vLLM on a real H200; profiles fitted on other stages:\n\n"
-        "| run, stage | requests | E2E error P50 | TTFT error P50 | mean E2E, ours / measured | mean TTFT | preemptions |\n"
-        "|---|---|---|---|---|---|---|\n"
+    head = table_head(
+        "run",
+        "stage",
+        "profile",
+        "E2E error P50",
+        "TTFT error P50",
+        "mean E2E, ours / measured",
+        "mean TTFT",
+        "preemptions",
     )
-    rows = []
-    for s in figures["stages"]:
-        rows.append(
-            f"| {s['run']} {s['stage']} | {s['requests']} | {s['e2e_error_p50']:.1%} | {s['ttft_error_p50']:.1%} "
-            f"| {s['e2e_mean_ratio']:.3f} | {s['ttft_mean_ratio']:.3f} | {s['preemptions']} / {s['preemptions_measured']} |"
-        )
-    return head + "\n".join(rows) + f"\n\n<sub>`python bench/fidelity.py`. {commit()}.</sub>"
+    rows = [
+        f"| {s['run'].split('.seqs')[0]} | {s['stage']} | {s['how']} | {s['e2e_error_p50']:.1%} | {s['ttft_error_p50']:.1%} "
+        f"| {s['e2e_mean_ratio']:.3f} | {s['ttft_mean_ratio']:.3f} | {s['preemptions']} / {s['preemptions_measured']} |"
+        for s in figures["stages"]
+    ]
+    return head + "\n".join(rows) + f"\n\n<sub>`python bench/fidelity.py RUNS`. {commit()}.</sub>"
+
+
+def table_head(*names: str) -> str:
+    return "| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|\n"
 
 
 def whatif(figures: dict[str, Any]) -> str:
-    head = "| one what-if | running | waiting | median | P99 | from a snapshot's bytes |\n|---|---|---|---|---|---|\n"
+    head = table_head("one what-if", "running", "waiting", "median", "P99", "from a snapshot's bytes")
     rows = [
         f"| {t['scenario']} | {t['running']} | {t['waiting']} | {t['median_us']:.1f} us | {t['p99_us']:.1f} us "
         f"| {t['decoding_median_us']:.1f} us |"

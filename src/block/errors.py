@@ -41,7 +41,12 @@ class ClientError(BlockError):
     """A request that the client must correct or repeat later; becomes an OpenAI error object."""
 
     def __init__(
-        self, status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None,
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
         param: str | None = None,
     ) -> None:
         super().__init__(message)

@@ -26,8 +26,19 @@ def children(pid: int) -> set[int]:
 
 
 def test_the_demo_serves_every_request_under_every_policy(tmp_path: Path) -> None:
-    arguments = ["demo", "--policies", "round-robin,block", "--rate", "12", "--seconds", "2", "--out", str(tmp_path), "--json"]
-    done = subprocess.run([*BLOCK, *arguments], capture_output=True, text=True, timeout=120)
+    arguments = [
+        "demo",
+        "--policies",
+        "round-robin,block",
+        "--rate",
+        "12",
+        "--seconds",
+        "2",
+        "--out",
+        str(tmp_path),
+        "--json",
+    ]
+    done = subprocess.run([*BLOCK, *arguments], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert set(result["policies"]) == {"round-robin", "block"}
@@ -57,7 +68,9 @@ def test_an_interrupted_demo_leaves_no_process_behind(tmp_path: Path) -> None:
 
 
 def test_an_unknown_policy_ends_the_demo_in_one_sentence_before_it_starts(tmp_path: Path) -> None:
-    done = subprocess.run([*BLOCK, "demo", "--policies", "nonsense", "--out", str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*BLOCK, "demo", "--policies", "nonsense", "--out", str(tmp_path)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("block: There is no policy named 'nonsense'. Known: ")
     assert "Traceback" not in done.stderr

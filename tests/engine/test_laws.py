@@ -31,7 +31,12 @@ def any_limits(draw: st.DrawFn) -> EngineLimits:
 
 requests = st.lists(
     st.tuples(
-        st.floats(0.0, 0.05), st.integers(1, 250), st.integers(1, 120), st.integers(1, 150), st.integers(0, 2), st.integers(0, 3)
+        st.floats(0.0, 0.05),
+        st.integers(1, 250),
+        st.integers(1, 120),
+        st.integers(1, 150),
+        st.integers(0, 2),
+        st.integers(0, 3),
     ),
     min_size=1,
     max_size=50,
@@ -44,7 +49,9 @@ def offered(limits: EngineLimits, rows: list[tuple[float, int, int, int, int, in
     for i, (gap_s, prompt, max_tokens, stop, priority, group) in enumerate(rows):
         now_s += gap_s
         shared = [(group, b) for b in range(min(5, prompt // limits.block_size))] if group else None
-        sequence = Sequence(i, prompt, max_tokens, stop, priority=priority, order=float(i), block_keys=shared, arrived_s=now_s)
+        sequence = Sequence(
+            i, prompt, max_tokens, stop, priority=priority, order=float(i), block_keys=shared, arrived_s=now_s
+        )
         if Engine(limits, curve()).scheduler.can_ever_run(sequence):
             found.append(sequence)
     return found
@@ -89,7 +96,9 @@ def conserved(engine: Engine, sequences: list[Sequence]) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(any_limits(), requests)
-def test_an_aborted_request_leaves_nothing_behind(limits: EngineLimits, rows: list[tuple[float, int, int, int, int, int]]) -> None:
+def test_an_aborted_request_leaves_nothing_behind(
+    limits: EngineLimits, rows: list[tuple[float, int, int, int, int, int]]
+) -> None:
     engine = Engine(limits, curve())
     sequences = offered(limits, rows)
     for sequence in sequences:
@@ -104,7 +113,9 @@ def test_an_aborted_request_leaves_nothing_behind(limits: EngineLimits, rows: li
 
 @settings(max_examples=60, deadline=None)
 @given(any_limits(), requests)
-def test_if_something_waits_and_fits_a_step_happens(limits: EngineLimits, rows: list[tuple[float, int, int, int, int, int]]) -> None:
+def test_if_something_waits_and_fits_a_step_happens(
+    limits: EngineLimits, rows: list[tuple[float, int, int, int, int, int]]
+) -> None:
     engine = Engine(limits, curve())
     for sequence in offered(limits, rows):
         engine.scheduler.add(sequence)

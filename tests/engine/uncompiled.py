@@ -1,4 +1,6 @@
-"""Run as a program: serve a fixed stream with the engine model and print what happened; ``uncompiled`` as argument loads the sources.
+"""Run as a program: serve a fixed stream with the engine model and print what happened.
+
+With the argument ``uncompiled`` it loads the sources of the compiled modules.
 
 The same numbers must come out of both forms (test_uncompiled.py).
 """

@@ -4,7 +4,12 @@ import click
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--source", required=True, metavar="KIND:NAME", help="Whose state: vllm:NAME, emulate:NAME, shm:NAME or metrics:URL.")
+@click.option(
+    "--source",
+    required=True,
+    metavar="KIND:NAME",
+    help="Whose state: vllm:NAME, emulate:NAME, shm:NAME or metrics:URL.",
+)
 @click.option("--profile", required=True, help="Step-time profile of the engine (see 'block profiles').")
 @click.option(
     "--speed", default=1.0, show_default=True, help="Speed of the engine against the profile, where it is known."

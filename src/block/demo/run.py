@@ -41,7 +41,9 @@ class Outcome(msgspec.Struct, frozen=True):
 Progress = Callable[[str, Row | None], None]
 
 
-async def run_demo(policies: Sequence[str], rate_rps: float, seconds: float, seed: int, progress: Progress) -> list[Outcome]:
+async def run_demo(
+    policies: Sequence[str], rate_rps: float, seconds: float, seed: int, progress: Progress
+) -> list[Outcome]:
     """Run every policy on the same instances and the same workload; ``progress`` hears of each phase and row.
 
     Raises:
@@ -127,7 +129,16 @@ def write_outcomes(outcomes: Sequence[Outcome], rows_path: Path, chart_path: Pat
 
 def as_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """What ``block demo --json`` prints."""
-    fields = ("ttft_s_mean", "ttft_s_p50", "ttft_s_p99", "e2e_s_mean", "e2e_s_p99", "tpot_s_mean", "requests_rps", "preemptions")
+    fields = (
+        "ttft_s_mean",
+        "ttft_s_p50",
+        "ttft_s_p99",
+        "e2e_s_mean",
+        "e2e_s_p99",
+        "tpot_s_mean",
+        "requests_rps",
+        "preemptions",
+    )
     return {
         "policies": {
             o.policy: {

@@ -156,7 +156,7 @@ def _resume_time(engine, requests, batches, batch_1_started_s, newest_scheduled_
         engine.now = max(older_end, launched)
         engine.gpu_end = max(older_end + _batch_s(engine, requests, IN_BATCH_2, False), launched)
     else:
-        engine.gpu_end = max(max(older_end, launched), taken)
+        engine.gpu_end = max(older_end, launched, taken)
         engine.now = engine.gpu_end if engine.lag == 1 else max(launched, taken)
     engine.in_flight = engine.lag == 2
 

@@ -85,9 +85,9 @@ def ask(
 ) -> npt.NDArray[np.float64]:  # fmt: skip
     """The what-if of one request on every mirror, as numbers.
 
-    ``output_tokens``: its expected total, or several scenarios that are averaged; ``hits``: (mirrors,) its prompt tokens in each prefix
-    cache. Returns (mirrors, 6): queue delay, TTFT, E2E in seconds from ``now_s``, preemptions foreseen on the instance until
-    it ends, truncated (0/1), harm in seconds (0 unless asked).
+    ``output_tokens``: its expected total, or several scenarios that are averaged; ``hits``: (mirrors,) its prompt tokens in
+    each prefix cache. Returns (mirrors, 6): queue delay, TTFT, E2E in seconds from ``now_s``, preemptions foreseen on the
+    instance until it ends, truncated (0/1), harm in seconds (0 unless asked).
     """
     scenarios = [output_tokens] if isinstance(output_tokens, int) else list(output_tokens)
     totals = np.array(scenarios, np.int32)
