@@ -4,7 +4,7 @@ Run: python experiments/length_functionals.py [--rate 31] [--requests 4000] [--s
 
 lengths      policy block with oracle, learned-like (a told length with log-normal noise whose spread is the learned
              estimator's on public sets: 0.5), history and constant lengths; llumnix-minus beside them
-functionals  the same noisy lengths read as a distribution (conditional mean, median, P70, a random draw per what-if)
+functionals  the same noisy lengths read as a distribution (conditional mean, P30, median, P70, a random draw per what-if)
              and as a bare number that is raised by ten tokens when it is passed
 noise        policy block with noise of 0-100 %
 """
@@ -86,11 +86,11 @@ def cases(only: str) -> list[tuple[str, str, LengthModel, str]]:
             ("constant", "block", LengthModel(estimator="constant", options={"tokens": 326}), "mean"),
         ],
         "functionals": [
-            *((f"noise {LEARNED_SPREAD:g}, {f}", "block", spread, f) for f in ("mean", "median", "p70", "sampled")),
+            *((f"noise {LEARNED_SPREAD:g}, {f}", "block", spread, f) for f in ("mean", "p30", "median", "p70", "sampled")),
             (f"noise {LEARNED_SPREAD:g}, number + 10", "block", noisy(LEARNED_SPREAD, distribution=False), "mean"),
-            *((f"history, {f}", "block", LengthModel(estimator="history"), f) for f in ("mean", "median", "p70", "sampled")),
+            *((f"history, {f}", "block", LengthModel(estimator="history"), f) for f in ("mean", "p30", "median", "p70", "sampled")),
         ],
-        "noise": [(f"noise {n:g}", "block", noisy(n), "mean") for n in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)],
+        "noise": [(f"noise {n:g}", "block", noisy(n), "mean") for n in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0)],
     }  # fmt: skip
     return [case for name, some in listed.items() if only in ("all", name) for case in some]
 

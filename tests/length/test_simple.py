@@ -100,10 +100,20 @@ def test_the_oracle_tells_the_truth_and_noise_spoils_it_by_the_asked_amount() ->
     point = make_estimator("oracle", lengths=lengths, noise=0.5, distribution=False, seed=3)
     told = np.log([point.estimate(request_of(number)).expected_total(0) for number in range(2000)])
     assert told.std() == pytest.approx(0.5, rel=0.1)
-    spread = make_estimator("oracle", lengths=lengths, noise=0.5, seed=3)
-    inside = [spread.estimate(request_of(n)) for n in range(2000)]
-    covered = np.mean([e.quantile(0.1) <= 400 <= e.quantile(0.9) for e in inside])
-    assert covered == pytest.approx(0.8, abs=0.03)
+
+
+def test_a_noisy_oracle_is_calibrated_and_tells_less_the_noisier_it_is() -> None:
+    rng = np.random.default_rng(1)
+    lengths = {f"r{n}": int(np.exp(rng.normal(5.5, 1.0))) + 1 for n in range(2000)}
+    errors = []
+    for noise in (0.25, 0.5, 2.0):
+        spread = make_estimator("oracle", lengths=lengths, noise=noise, seed=3)
+        told = [(spread.estimate(request_of(n)), lengths[f"r{n}"]) for n in range(2000)]
+        covered = np.mean([e.quantile(0.1) <= true <= e.quantile(0.9) for e, true in told])
+        assert covered == pytest.approx(0.8, abs=0.035)
+        assert np.mean([e.expected_total(0) - true for e, true in told]) == pytest.approx(0, abs=20)
+        errors.append(np.mean([abs(e.quantile(0.5) - true) for e, true in told]))
+    assert errors == sorted(errors)
 
 
 def test_a_header_tells_one_request_and_the_others_get_the_history() -> None:

@@ -8,7 +8,7 @@ import click
 
 @click.command()
 @click.option("--policies", default="", help="Policies to compare, separated by commas. [four that show the idea]")
-@click.option("--rate", default=58.0, show_default=True, help="Requests per second.")
+@click.option("--rate", default=66.0, show_default=True, help="Requests per second.")
 @click.option("--seconds", default=14.0, show_default=True, help="Length of the workload of each policy.")
 @click.option("--seed", default=0, show_default=True, help="The same seed offers the same requests at the same times.")
 @click.option(

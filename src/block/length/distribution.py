@@ -30,8 +30,8 @@ OUTLIVED_TOKENS = 10
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
-Functional = Literal["mean", "median", "p70", "sampled"]
-FUNCTIONALS: dict[Functional, float | None] = {"mean": None, "median": 0.5, "p70": 0.7, "sampled": None}
+Functional = Literal["mean", "p30", "median", "p70", "sampled"]
+FUNCTIONALS: dict[Functional, float | None] = {"mean": None, "p30": 0.3, "median": 0.5, "p70": 0.7, "sampled": None}
 """What one number to take from a distribution, and the quantile that it is, if it is one."""
 
 _EDGES = EDGES.astype(np.float64)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from block.core import Request
 from block.length import shapes
 from block.length.accuracy import Accuracy
 from block.length.distribution import EXACT, DistributionBank, Estimate, Floats
-from block.length.grid import BUCKET, BUCKETS, TOKENS_MAX
+from block.length.grid import BUCKET, BUCKETS, EDGES, TOKENS_MAX
 
 PENDING_MAX = 65_536
 """Estimates remembered until their request finishes; the oldest are forgotten first."""
@@ -197,10 +197,13 @@ class HistoryEstimator(Estimator):
 class OracleEstimator(Estimator):
     """True lengths by request id, for experiments: in advance (``lengths``) or one by one (`tell`).
 
-    ``noise``: the told length is the true one times exp(noise * normal), drawn from ``seed``; with
-    ``distribution`` the estimate is the log-normal around it, without it the bare number. A request that nobody
-    told of gets its model's history.
+    ``noise``: the told length is the true one times exp(noise * normal), drawn from ``seed``. With ``distribution``
+    the estimate is what follows from it (Bayes' rule, the population of ``lengths`` being the prior), as of a
+    calibrated estimator of that noise; without it the bare number. A request that nobody told of gets its model's
+    history.
     """
+
+    _STEP = 0.02
 
     def __init__(
         self, *, lengths: Mapping[str, int] | None = None, noise: float = 0.0, distribution: bool = True, seed: int = 0,
@@ -213,9 +216,9 @@ class OracleEstimator(Estimator):
         self._noise, self._distribution = noise, distribution
         self._rng = np.random.default_rng(seed)
         self._history = HistoryEstimator(bank=self.bank)
-        steps = np.arange(0, math.log(TOKENS_MAX), 0.02)
-        self._first = self.bank.extend(np.array([shapes.lognormal(math.exp(x), noise) for x in steps])) if noise else 0
-        self._step = 0.02
+        self._steps = np.arange(0, math.log(TOKENS_MAX), self._STEP)
+        if noise and distribution:
+            self._first = self.bank.extend(_posteriors(self._steps, noise, self._lengths.values()))
 
     def tell(self, request_id: str, output_tokens: int) -> None:
         """Tell the true length of a request that will come (an experiment's header, say). Bounded: the oldest go."""
@@ -232,11 +235,20 @@ class OracleEstimator(Estimator):
         log_tokens = max(math.log(max(tokens, 1)) + self._noise * self._rng.standard_normal(), 0.0)
         if not self._distribution:
             return Estimate(self.bank, EXACT, round(math.exp(log_tokens)), "oracle")
-        place = min(round(log_tokens / self._step), len(self.bank) - self._first - 1)
+        place = min(round(log_tokens / self._STEP), len(self._steps) - 1)
         return Estimate(self.bank, self._first + place, TOKENS_MAX, "oracle")
 
     def _learn(self, request: Request, output_tokens: int, estimate: Estimate | None) -> None:
         self._history._learn(request, output_tokens, estimate)
+
+
+def _posteriors(told: Floats, noise: float, lengths: Iterable[int]) -> Floats:
+    """Rows, (n, edges): lengths given a told log-length of each, (n,), and what lengths there are."""
+    counts = np.bincount([BUCKET[min(max(one, 1), TOKENS_MAX) - 1] for one in lengths], minlength=BUCKETS).astype(float)
+    prior = (_spread(counts) if counts.any() else -np.diff(shapes.prior())) + 1e-9
+    middles = np.log(0.5 * (EDGES[1:] + np.maximum(EDGES[:-1], 0.5)))
+    weight = np.exp(-0.5 * ((told[:, None] - middles[None, :]) / noise) ** 2) * prior[None, :] + 1e-300
+    return np.array([shapes.from_counts(row) for row in weight])
 
 
 def _spread(counts: Floats) -> Floats:
