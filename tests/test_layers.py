@@ -18,7 +18,7 @@ LAYERS = (
     ("policy", "workload", "metrics"),
     ("predictor", "replay", "simulate"),
     ("emulate", "integrations", "gateway", "autoscale"),
-    ("demo", "dashboard"),
+    ("demo", "conformance", "dashboard"),
     ("cli",),
     ("__main__",),
 )

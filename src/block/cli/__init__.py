@@ -12,7 +12,7 @@ from block.errors import UserError
 COMMANDS = (
     "demo", "serve", "predictor", "emulate", "replay",
     "policies", "profiles", "profile", "fit", "calibrate", "validate", "bench",
-    "simulate", "capacity", "compare", "length",
+    "simulate", "capacity", "compare", "length", "conformance",
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from block.conformance.check import CUSTOM, OPENAI, RFC9110, Check, NotApplicableError, expect
+from block.conformance.check import CUSTOM, OPENAI, RFC9110, Check, FailedError, NotApplicableError, expect
 from block.conformance.target import CHAT, Target
 from block.conformance.wire import Answer
 
@@ -15,7 +15,8 @@ def _check_error(answer: Answer, *statuses: int) -> None:
     expect(answer.content_type == "application/json", f"its content-type is {answer.content_type or 'missing'!r}")
     body = answer.json()
     error = body.get("error") if isinstance(body, dict) else None
-    expect(isinstance(error, dict), f'no {{"error": {{...}}}} in {answer.body[:80]!r}')
+    if not isinstance(error, dict):
+        raise FailedError(f'no {{"error": {{...}}}} in {answer.body[:80]!r}')
     for name in ("message", "type"):
         expect(isinstance(error.get(name), str) and error[name], f"error.{name} is missing or no text")
     missing = [name for name in ("param", "code") if name not in error]
