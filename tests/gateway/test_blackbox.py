@@ -331,7 +331,9 @@ def test_what_is_left_are_the_bytes_of_a_stream_without_usage(seed: int) -> None
     last = b'data: {"id":"x","choices":[],"usage":' + encoded_usage(6) + b"}\n\n"
     done = b"data: [DONE]\n\n"
     stream = b": hello\n\n" + b"".join(told) + last + done
-    pieces = [stream[at : at + 7] for at in range(0, len(stream), 7)] if seed > 2 else [b": hello\n\n", *told, last, done]
+    pieces = (
+        [stream[at : at + 7] for at in range(0, len(stream), 7)] if seed > 2 else [b": hello\n\n", *told, last, done]
+    )
     framed = b"".join(chunk(piece) for piece in pieces) + b"0\r\n\r\n"
     strip, got, at = UsageStrip(chunked=True), b"", 0
     while at < len(framed):
