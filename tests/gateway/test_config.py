@@ -56,7 +56,7 @@ def test_a_dumped_configuration_is_the_same_when_read_again_and_shows_no_key(tmp
     ("text", "says"),
     [
         ("prot = 1", "there is no setting 'prot'. Known: admin_key"),
-        ('[[instances]]\nuri = "http://a:1"', "[[instances]]: there is no setting 'uri'. Known: name, predictor, url"),
+        ('[[instances]]\nuri = "http://a:1"', "[[instances]]: there is no setting 'uri'. Known: block_size,"),
         ('port = "many"', "port"),
         ("port = 70000", "port must be in 0-65535"),
         ("retries = -1", "retries must not be negative"),

@@ -12,8 +12,8 @@ POLICY_HELP = "How to choose an instance; options as in block-k:k=4. All names: 
     "--instance",
     "instances",
     multiple=True,
-    metavar="URL[,predictor=URL][,name=NAME]",
-    help="An engine; repeat for more.",
+    metavar="URL[,predictor=URL|,profile=NAME][,name=NAME]",
+    help="An engine; repeat for more. With a profile instead of a predictor the gateway models it from its streams.",
 )
 @click.option(
     "--worker-urls",
@@ -36,6 +36,11 @@ POLICY_HELP = "How to choose an instance; options as in block-k:k=4. All names: 
     "--predict",
     type=click.Choice(["local", "remote"]),
     help="What-ifs in this process, or asked of the predictors. [local]",
+)
+@click.option(
+    "--count-tokens",
+    type=click.Choice(["events", "usage"]),
+    help="In streams of engines with a profile: by events, or by usage that is asked for and taken out again. [events]",
 )
 @click.option("--seed", type=int, help="Seed of ties and random choices.")
 @click.option("--stale-after-secs", "stale_after_s", type=float, help="Evidence older than this is not used. [2]")
@@ -77,6 +82,8 @@ def command(config_file: str | None, as_json: bool, dump_config: bool, check_con
     Examples:
       block serve --instance http://gpu1:8000,predictor=http://gpu1:9000 \\
                   --instance http://gpu2:8000,predictor=http://gpu2:9000
+      block serve --instance http://gpu1:8000,profile=h200-llama3.1-8b,max-num-seqs=128 \\
+                  --instance http://gpu2:8000,profile=h200-llama3.1-8b,max-num-seqs=128
       block serve --policy least-outstanding --worker-urls "http://gpu1:8000 http://gpu2:8000"
       block serve --config gateway.toml --port 8080
       block serve --config gateway.toml --dump-config

@@ -10,7 +10,7 @@ from collections import deque
 from typing import NamedTuple
 
 from block.engine.limits import EngineLimits
-from block.engine.scheduler import FINISHED, Batch, Scheduler, Sequence
+from block.engine.scheduler import FINISHED, RUNNING, Batch, Scheduler, Sequence
 from block.steptime.curve import StepCurve
 
 
@@ -60,6 +60,27 @@ class Engine:
                 return
         self.scheduler.abort(sequence)
         self._stuck = False
+
+    def place(self, sequence: Sequence, output: int) -> bool:
+        """Make a sequence one that decodes and has ``output`` tokens (at least 1), because the real engine was seen there.
+
+        It takes its blocks with the next batch. A finished sequence cannot come back; a new one of its key can be placed.
+        ``False``: not now, nothing changed (still on its way in, tokens of before a preemption in flight, no room to run).
+        """
+        scheduler = self.scheduler
+        if sequence.status != RUNNING:
+            if sequence.stale or len(scheduler.running) >= self.limits.max_num_seqs:
+                return False
+            if any(arriving is sequence for _, arriving in self._arrivals):
+                return False
+            if sequence in scheduler.waiting:
+                scheduler.waiting.remove(sequence)
+            scheduler.running.append(sequence)
+            sequence.status = RUNNING
+        sequence.output = output
+        sequence.computed = sequence.prompt + output + sequence.placeholders - 1
+        self._stuck = False
+        return True
 
     def next_event_s(self) -> float | None:
         """When something happens next; ``None``: never, unless a request is added."""

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from block.errors import ClientError, ConfigError
+from block.errors import ClientError, UserError
 from block.gateway.config import GatewayConfig, InstanceConfig
 from block.gateway.dispatch import Dispatcher
 from block.gateway.exchange import Exchange
@@ -232,6 +232,7 @@ class App:
         evidence = self.dispatcher.decider.evidence.get(instance.id)
         return {
             "name": instance.id, "url": instance.config.url, "predictor": instance.config.predictor,
+            "profile": instance.config.profile,
             "state": instance.state, "reason": instance.reason, "suspect": instance.suspect, "in_flight": instance.in_flight,
             "models": sorted(instance.models or ()), "evidence": evidence and (evidence.problem or "fresh"),
             "trial": instance.trial,
@@ -251,7 +252,7 @@ class App:
             metrics.in_flight.labels(name).set(instance.in_flight)
             metrics.in_flight_tokens.labels(name).set(instance.in_flight_tokens)
             evidence = self.dispatcher.decider.evidence.get(name)
-            if evidence is not None and instance.config.predictor is not None:
+            if evidence is not None and (instance.config.predictor or instance.config.profile):
                 metrics.unseen.labels(name).set(evidence.unseen)
                 metrics.stale.labels(name).set(evidence.age_s(now_s) if evidence.frames else float("inf"))
 
@@ -282,7 +283,7 @@ def _lenient_body(body: bytes) -> Body:
 def _instance_of(body: bytes, pool: Pool) -> InstanceConfig:
     try:
         config = msgspec.json.decode(body, type=InstanceConfig)
-    except (msgspec.DecodeError, ConfigError) as error:
+    except (msgspec.DecodeError, UserError) as error:
         raise ClientError(400, f"This is not an instance: {error}") from None
     if config.id in pool.instances:
         raise ClientError(409, f"There is an instance named {config.id!r} already.", code="instance_exists")

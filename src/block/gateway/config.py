@@ -9,7 +9,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from block.engine.limits import EngineLimits
 from block.errors import ConfigError
+from block.steptime.profile import load_profile
 
 ENVIRONMENT_PREFIX: Final = "BLOCK_"
 RELOADABLE: Final = frozenset(
@@ -26,17 +28,54 @@ PASSED_THROUGH: Final = (
 )  # fmt: skip
 
 
+ENGINE_KEYS: Final = ("max_num_seqs", "num_gpu_blocks", "max_num_batched_tokens", "block_size", "max_model_len")
+"""Limits of an engine that is modelled, as ``EngineLimits`` names them."""
+
+
 class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One engine: its base URL, its predictor's, a name (the URL's host and port where none is given)."""
+    """One engine: its base URL, its predictor's, a name (the URL's host and port where none is given).
+
+    ``profile``, instead of a predictor: the step times of the engine that the gateway models itself (see ``blackbox``);
+    the limits are that engine's, vLLM's defaults where not given, and the cache's size is asked of its metrics.
+    """
 
     url: str
     predictor: str | None = None
     name: str = ""
+    profile: str | None = None
+    max_num_seqs: int | None = None
+    num_gpu_blocks: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    max_model_len: int | None = None
 
     def __post_init__(self) -> None:
         for field, url in (("instance URL", self.url), ("predictor URL", self.predictor)):
             if url is not None:
                 check_url(field, url)
+        if self.profile is None:
+            if given := sorted(self._limits_given()):
+                raise ConfigError(f"The instance {self.id} has {', '.join(given)} but no profile to model it with.")
+            return
+        if self.predictor is not None:
+            raise ConfigError(f"The instance {self.id} has a predictor and a profile: give one of them.")
+        load_profile(self.profile)
+        _ = self.limits
+
+    def _limits_given(self) -> dict[str, int]:
+        return {name: value for name in ENGINE_KEYS if (value := getattr(self, name)) is not None}
+
+    @property
+    def limits(self) -> EngineLimits:
+        """Of the engine to model.
+
+        Raises:
+            ConfigError: no engine can have them.
+        """
+        given = self._limits_given()
+        if "max_num_seqs" in given and "max_num_batched_tokens" not in given:
+            given["max_num_batched_tokens"] = max(EngineLimits().max_num_batched_tokens, given["max_num_seqs"])
+        return msgspec.structs.replace(EngineLimits(), **given)
 
     @property
     def id(self) -> str:
@@ -52,6 +91,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     policy: str = "block"
     length_estimator: str = "history"
     predict: Literal["local", "remote"] = "local"
+    count_tokens: Literal["events", "usage"] = "events"  # of streams of instances with a profile
     seed: int | None = None
 
     stale_after_s: float = 2.0  # a predictor silent for this long is no evidence
@@ -109,6 +149,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1.")
+        if self.predict == "remote" and any(instance.profile for instance in self.instances):
+            raise ConfigError("An instance with a profile is modelled here: it needs predict = 'local'.")
         ids = [instance.id for instance in self.instances]
         for name in ids:
             if ids.count(name) > 1:
@@ -141,7 +183,7 @@ def check_url(field: str, url: str) -> None:
 
 
 def parse_instance(text: str) -> InstanceConfig:
-    """``URL[,predictor=URL][,name=NAME]`` as written after ``--instance``.
+    """``URL[,predictor=URL][,name=NAME]`` or ``URL,profile=NAME[,max-num-seqs=N...]`` as written after ``--instance``.
 
     Raises:
         ConfigError: another key, or a URL that is none.
@@ -149,12 +191,17 @@ def parse_instance(text: str) -> InstanceConfig:
     url, *rest = text.split(",")
     if "://" not in url:
         url = f"http://{url}"
-    given: dict[str, str] = {}
+    given: dict[str, Any] = {}
     for part in rest:
         key, equals, value = part.partition("=")
-        if key not in ("predictor", "name") or not equals or not value:
-            raise ConfigError(f"After an instance's URL come predictor=URL and name=NAME, not {part!r}.")
-        given[key] = value
+        key = key.replace("-", "_")
+        if key not in ("predictor", "name", "profile", *ENGINE_KEYS) or not equals or not value:
+            raise ConfigError(
+                f"After an instance's URL come predictor=URL and name=NAME, or profile=NAME and engine limits, not {part!r}."
+            )
+        if key in ENGINE_KEYS and not (value.isascii() and value.isdigit() and len(value) < 10):
+            raise ConfigError(f"An instance's {key} must be a whole number, not {value!r}.")
+        given[key] = int(value) if key in ENGINE_KEYS else value
     if "predictor" in given and "://" not in given["predictor"]:
         given["predictor"] = f"http://{given['predictor']}"
     return InstanceConfig(url=url.rstrip("/"), **given)

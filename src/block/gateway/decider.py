@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from block.core import Candidate, Decision, InstanceId, Load, Prediction, Request
 from block.errors import BlockError
+from block.gateway.blackbox import BlackBox
 from block.gateway.config import GatewayConfig
 from block.gateway.evidence import Evidence
 from block.gateway.exchange import Exchange
@@ -41,6 +42,8 @@ class Decider:
         self.remote: RemotePredictors | None = None
         self.expectations = Expectations(estimator)
         self.evidence: dict[InstanceId, Evidence] = {}
+        self.boxes: dict[InstanceId, BlackBox] = {}
+        """The modelled engines of instances without a predictor."""
         self._config, self._pool, self._metrics, self._rng = config, pool, metrics, rng
         self._fewest = make_policy("least-outstanding")
         self._oracle = Oracle()
@@ -168,11 +171,14 @@ class Decider:
 
     def sent(self, exchange: Exchange, instance: Instance) -> None:
         """A request goes to an instance: it counts there until a snapshot shows it (if the policy estimated it)."""
-        if exchange.expected_total and instance.config.predictor is not None:
+        box = self.boxes.get(instance.id) if exchange.generating else None
+        if exchange.expected_total and (instance.config.predictor is not None or box is not None):
             request = exchange.request
             limit = self.max_tokens(request, instance.id)
             exchange.key = self.evidence[instance.id].sent(request, limit, exchange.expected_total, time.time())
             self.expectations.expect(exchange.key, exchange.estimate)
+            if box is not None:
+                box.sent(exchange.key, request.prompt_tokens, limit, exchange, exact=request.exact_output)
 
     def over(self, exchange: Exchange, instance: Instance) -> None:
         """It is over there, whatever its end."""
@@ -180,10 +186,14 @@ class Decider:
             evidence = self.evidence.get(instance.id)
             if evidence is not None:
                 evidence.ended(exchange.key)
+            box = self.boxes.get(instance.id)
+            if box is not None:
+                box.ended(exchange.key)
             self.expectations.forget(exchange.key)
             exchange.key = 0
 
     def forget(self, instance_id: InstanceId) -> None:
         """An instance left."""
         self.evidence.pop(instance_id, None)
+        self.boxes.pop(instance_id, None)
         self._bare.pop(instance_id, None)

@@ -18,6 +18,7 @@ from block.gateway.http1 import LAST_CHUNK, HttpRequest, answer_head, chunk, req
 from block.gateway.openai import error_object
 from block.gateway.pool import Instance
 from block.gateway.upstream import UpstreamConnection
+from block.gateway.usage import UsageStrip, asking_for_usage
 
 if TYPE_CHECKING:
     from block.gateway.dispatch import Dispatcher
@@ -32,6 +33,7 @@ class Exchange:
     __slots__ = (
         "answered_s",
         "arrived_s",
+        "asked_usage",
         "attempts",
         "before_last",
         "chunked",
@@ -63,6 +65,7 @@ class Exchange:
         "sse",
         "status",
         "stream",
+        "strip",
         "tokens",
         "tried",
     )  # fmt: skip
@@ -90,6 +93,9 @@ class Exchange:
         self.status = 0
         self.head_sent = self.sse = self.chunked = self.over = False
         self.events = 0
+        self.asked_usage = False
+        """The instance is asked for usage that the client did not ask for."""
+        self.strip: UsageStrip | None = None
         self.before_last = self.last = b""
         """The last two reads of the answer, for the usage in them."""
         self.queued_s = self.sent_s = self.first_byte_s = self.answered_s = self.paused_s = self.overhead_s = 0.0
@@ -106,8 +112,24 @@ class Exchange:
         if not self.overhead_s:
             self.overhead_s = self.sent_s - self.arrived_s
             self.dispatcher.metrics.overhead.observe(self.overhead_s)
-        head = request_head(self.http, instance.host_header, extra, instance.prefix)
-        connection.send(self, head, self.http.body)
+        body = asking_for_usage(self.http.target, self.http.body) if instance.counts_usage and self.generating else None
+        self.asked_usage = body is not None
+        body = self.http.body if body is None else body
+        connection.send(self, request_head(self.http, instance.host_header, extra, instance.prefix, body), body)
+
+    @property
+    def tokens_seen(self) -> int | None:
+        """Output tokens of the answer so far; ``None``: it is not streamed."""
+        if not self.stream:
+            return None
+        if self.strip is not None and self.strip.tokens is not None:
+            return self.strip.tokens
+        return max(0, self.events - (b"/chat/" in self.http.target))  # a chat opens with the role alone
+
+    @property
+    def prompt_seen(self) -> int | None:
+        """Prompt tokens, if the instance has told them by now."""
+        return None if self.strip is None else self.strip.prompt_tokens
 
     # From the instance (upstream.Receiver)
 
@@ -129,6 +151,8 @@ class Exchange:
         self.keep_alive = self.keep_alive and not dispatcher.draining
         if self.sse:
             instance.streaming += 1
+            if self.asked_usage and head.length is None and b"content-encoding" not in head.fields:
+                self.strip = UsageStrip(chunked=head.chunked)
         self.head_sent = True
         self.client.transport.write(answer_head(head.status, self._answer_lines(head, instance)))
 
@@ -151,7 +175,7 @@ class Exchange:
         return lines if self.keep_alive else lines + b"connection: close\r\n"
 
     def body_received(self, data: bytes) -> None:
-        self.client.transport.write(data)
+        self.client.transport.write(data if self.strip is None else self.strip.feed(data))
         self.instance.last_byte_s = now_s = monotonic()  # type: ignore[union-attr]
         if not self.first_byte_s:
             self.first_byte_s = now_s
@@ -161,6 +185,8 @@ class Exchange:
 
     def answer_ended(self) -> None:
         self.connection = None
+        if self.strip is not None and not self.strip.chunked:
+            self.client.transport.write(self.strip.rest())
         self.answered_s = monotonic()
         self.dispatcher.ended(self, None)
         self.client.exchange_ended(keep_alive=self.keep_alive)

@@ -202,13 +202,16 @@ class RequestReader:
         raise error
 
 
-def request_head(message: HttpRequest, host: bytes, extra: bytes, prefix: bytes = b"") -> bytes:
+def request_head(
+    message: HttpRequest, host: bytes, extra: bytes, prefix: bytes = b"", body: bytes | None = None
+) -> bytes:
     """The head to send to an instance: the client's lines, the instance's ``Host``, a content-length, ``extra`` lines.
 
-    ``prefix``: the path of the instance's base URL.
+    ``prefix``: the path of the instance's base URL; ``body``: what is sent, the client's where none is given.
     """
-    if message.body or message.method in (b"POST", b"PUT", b"PATCH"):
-        extra += b"content-length: %d\r\n" % len(message.body)
+    body = message.body if body is None else body
+    if body or message.method in (b"POST", b"PUT", b"PATCH"):
+        extra += b"content-length: %d\r\n" % len(body)
     lines = b"".join(message.lines)
     return b"%b %b%b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n" % (message.method, prefix, message.target, host, lines, extra)
 

@@ -1,6 +1,7 @@
 """What the gateway reads of OpenAI's API: a few fields of a request, the usage in an answer, the shape of an error.
 
-Bodies are never rewritten. Prompts are looked at for their length (and by length estimators that read text), never logged.
+Bodies are never rewritten (but see `usage`, which is off by default).
+Prompts are looked at for their length (and by length estimators that read text), never logged.
 """
 
 import re

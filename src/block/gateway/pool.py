@@ -54,11 +54,15 @@ class LastMinute:
 class Instance:
     """One engine as the gateway knows it. Read by everyone, written by the pool."""
 
-    def __init__(self, config: InstanceConfig, *, connect_timeout_s: float, in_flight_max: int) -> None:
+    def __init__(
+        self, config: InstanceConfig, *, connect_timeout_s: float, in_flight_max: int, counts_usage: bool = False
+    ) -> None:
         parts = urlsplit(config.url)
         assert parts.hostname is not None
         self.id = InstanceId(config.id)
         self.config = config
+        self.counts_usage = counts_usage
+        """Its streams are asked for usage (see ``usage``)."""
         self.prefix = parts.path.rstrip("/").encode()
         self.host_header = parts.netloc.encode()
         self.connections = Connections(parts.hostname, parts.port or 80, connect_timeout_s=connect_timeout_s)
@@ -101,7 +105,10 @@ class Pool:
     def add(self, config: InstanceConfig) -> Instance:
         """A new member; it gets requests once it answers a health check (or when there is nobody else)."""
         instance = Instance(
-            config, connect_timeout_s=self._config.connect_timeout_s, in_flight_max=self._config.instance_in_flight_max
+            config,
+            connect_timeout_s=self._config.connect_timeout_s,
+            in_flight_max=self._config.instance_in_flight_max,
+            counts_usage=config.profile is not None and self._config.count_tokens == "usage",
         )
         self.instances[instance.id] = instance
         self._eligible.clear()

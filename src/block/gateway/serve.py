@@ -16,6 +16,7 @@ import aiohttp
 
 from block.errors import BlockError, ConfigError
 from block.gateway.app import App, Membership
+from block.gateway.blackbox import BlackBox
 from block.gateway.config import RELOADABLE, GatewayConfig, InstanceConfig
 from block.gateway.decider import Decider
 from block.gateway.dispatch import Dispatcher
@@ -33,6 +34,7 @@ from block.gateway.subscription import Subscription
 from block.length.table import make_estimator
 from block.policy.rank import Evidence as Needs
 from block.policy.table import Policy, policy_from
+from block.steptime.profile import load_profile
 
 SWEEP_S: Final = 0.25
 WATCH_S: Final = 0.1
@@ -152,7 +154,7 @@ class Gateway(Membership):
         self.decider.forget(instance.id)
 
     def _follow(self, instance: Instance) -> None:
-        """Health checks, and the predictor's stream where there is one."""
+        """Health checks, and the predictor's stream or a modelled engine where there is one."""
         assert self._session is not None
         loop, config = asyncio.get_running_loop(), self.config
         evidence = Evidence(
@@ -167,6 +169,13 @@ class Gateway(Membership):
         if instance.config.predictor is not None:
             stream = Subscription(instance.config.predictor, evidence, self._session, self._rng)
             tasks.append(loop.create_task(stream.run()))
+        elif instance.config.profile is not None:
+            box = BlackBox(
+                evidence, load_profile(instance.config.profile), instance.config.limits,
+                url=instance.config.url if instance.config.num_gpu_blocks is None else None,
+            )  # fmt: skip
+            self.decider.boxes[instance.id] = box
+            tasks.append(loop.create_task(box.run(self._session)))
         self._tasks[instance.id] = tasks
 
     # Reload
