@@ -95,9 +95,17 @@ class Routes:
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client is gone")
+        done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def send(event: bytes) -> None:
+            if not transport.is_closing():
+                transport.write(event)
+            elif not done.done():  # the handler was not told: the client left while it was not waiting
+                done.set_exception(ConnectionResetError("the client is gone"))
+
         answer = StreamedAnswer(
-            job, head=first, send=transport.write, backlog=transport.get_write_buffer_size,
-            done=asyncio.get_running_loop().create_future(), chunked=request.version >= HttpVersion11,
+            job, head=first, send=send, backlog=transport.get_write_buffer_size, done=done,
+            chunked=request.version >= HttpVersion11,
         )  # fmt: skip
         self._instance.start(sequence, job, answer)
         await answer.done
