@@ -1,5 +1,6 @@
 """Laws L1-L5 of the engine model, in every mode of the scheduler."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,6 +110,23 @@ def test_an_aborted_request_leaves_nothing_behind(
     engine.advance(1e9)
     assert all(s.status == FINISHED for s in sequences)
     assert engine.scheduler.blocks_free == limits.blocks_usable
+
+
+@pytest.mark.parametrize("prompt", range(200, 216))
+def test_a_step_that_only_preempts_is_followed_by_one_that_computes(prompt: int) -> None:
+    """The least important request gives way itself, before the others' turn came."""
+    limits = EngineLimits(
+        max_num_seqs=2, max_num_batched_tokens=64, num_gpu_blocks=109, block_size=4, max_model_len=400, policy="priority",
+        async_scheduling=False,
+    )  # fmt: skip
+    engine = Engine(limits, curve())
+    humble = Sequence("humble", prompt, 120, 120, priority=1, order=0.0)
+    grand = Sequence("grand", 200, 120, 120, priority=0, order=1.0, arrived_s=0.05)
+    for sequence in (humble, grand):
+        engine.add(sequence, sequence.arrived_s)
+    engine.advance(1e9)
+    assert (humble.status, grand.status) == (FINISHED, FINISHED)
+    assert humble.preemptions > 0
 
 
 @settings(max_examples=60, deadline=None)

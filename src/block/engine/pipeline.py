@@ -118,7 +118,8 @@ class Engine:
             self.scheduler.add(self._arrivals.popleft()[1])
         batch = self.scheduler.schedule()
         if not batch.sequences:
-            self._stuck = True
+            # Preempting may leave nothing for this step and everything for the next (priority: a request gives way itself).
+            self._stuck = bool(self.in_flight) or not batch.preempted
             return
         for sequence in batch.sequences:
             if sequence.scheduled_s < 0:
