@@ -12,6 +12,7 @@ streams +0.3 ms to the first token, 16 us CPU an event.
 import argparse
 import json
 import shutil
+import signal
 from contextlib import ExitStack
 from typing import Any
 
@@ -164,6 +165,9 @@ def main() -> None:
     parser.add_argument("--only-paced", action="store_true", help="only the paced streams")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a time limit takes the way out that ends what was started
     require_wrk()
     top = heading()
     result = {"cases": {}, "rss_mb": {}} if options.only_paced else measure(options, options.vllm_router)

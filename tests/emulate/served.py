@@ -5,26 +5,12 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 
-import msgspec
-
 from block.emulate.config import EmulateConfig
 from block.emulate.program import emulate
 from block.predictor.serving import bind, url_of
-from block.steptime.profile import StepTimeProfile, load_profile
+from predictor.profile import PROFILE
 
-
-def _faster(profile: StepTimeProfile, factor: float) -> StepTimeProfile:
-    """The same with every time divided by ``factor``."""
-    fields = msgspec.to_builtins(profile)
-    for name, value in fields.items():
-        if name.endswith("_knots"):
-            fields[name] = [(x, seconds / factor) for x, seconds in value]
-        elif name.endswith("_s"):
-            fields[name] = value / factor
-    return msgspec.convert(fields | {"name": "test"}, StepTimeProfile)
-
-
-PROFILE = _faster(load_profile("h200-llama3.1-8b"), 4.0)
+__all__ = ["PROFILE", "serving"]
 
 
 @contextlib.asynccontextmanager

@@ -13,8 +13,8 @@ from block.gateway.serve import Gateway
 from gateway.fakes import FakeEngine
 
 QUICK: dict[str, Any] = {
-    "port": 0, "policy": "round-robin", "seed": 1, "health_check_interval_s": 0.05, "health_check_timeout_s": 0.5,
-    "connect_timeout_s": 0.5, "shutdown_grace_period_s": 2.0,
+    "port": 0, "policy": "round-robin", "seed": 1, "health_check_interval_s": 0.05, "health_check_timeout_s": 3.0,
+    "connect_timeout_s": 2.0, "shutdown_grace_period_s": 2.0,
 }  # fmt: skip
 
 
