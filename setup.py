@@ -5,7 +5,15 @@ import os
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-HOT = ["steptime/curve", "engine/scheduler", "engine/store", "engine/kernel", "engine/resume", "engine/ask"]
+HOT = [
+    "steptime/curve",
+    "engine/scheduler",
+    "engine/store",
+    "engine/kernel",
+    "engine/resume",
+    "engine/ask",
+    "engine/spread",
+]
 
 extensions = [
     Extension(

@@ -16,7 +16,15 @@ from pathlib import Path
 from types import ModuleType
 
 SOURCES = Path(__file__).parents[2] / "src"
-HOT = ("steptime.curve", "engine.scheduler", "engine.store", "engine.kernel", "engine.resume", "engine.ask")
+HOT = (
+    "steptime.curve",
+    "engine.scheduler",
+    "engine.store",
+    "engine.kernel",
+    "engine.resume",
+    "engine.ask",
+    "engine.spread",
+)
 
 
 class SourceFirst(importlib.abc.MetaPathFinder):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -232,4 +233,67 @@ def test_an_update_of_an_unknown_batch_changes_nothing(name: str) -> None:
     before = publisher.published
     publisher.updated(scheduler, FakeOutput({"somebody": 1}), 1.0)
     assert publisher.published == before
+    publisher.close()
+
+
+def test_what_requests_found_in_the_prefix_cache_is_told_with_counters(name: str) -> None:
+    scheduler = FakeScheduler(running=1, waiting=1)
+    scheduler.vllm_config.cache_config.enable_prefix_caching = True
+    scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block = {b"a": 1, b"b": 2}
+    publisher = StatePublisher(scheduler, name)
+    arrived = FakeRequest("cmpl-new-0-0123abcd", prompt=100)
+    publisher.arrived(arrived)
+    scheduler.add_request(arrived)
+    scheduler.requests = {arrived.request_id: arrived}
+    output = scheduler.schedule()
+    output.scheduled_new_reqs = [
+        SimpleNamespace(req_id=arrived.request_id, prompt_token_ids=[1] * 100, num_computed_tokens=64)
+    ]
+    publisher.scheduled(scheduler, output, 1.0)
+    snapshot = published(publisher, name)
+    assert snapshot.prefix is not None
+    assert (snapshot.prefix.queried_tokens, snapshot.prefix.hit_tokens, snapshot.prefix.blocks_cached) == (100, 64, 2)
+    assert snapshot.prefix.hits.tolist() == [-1, 64, -1]
+    assert snapshot.keys[1] == wire.request_key("new")
+    publisher.close()
+
+
+def test_an_engine_without_prefix_caching_tells_nothing_of_it(name: str) -> None:
+    publisher = StatePublisher(FakeScheduler(running=1), name)
+    assert published(publisher, name).prefix is None
+    publisher.close()
+
+
+def test_a_preempted_request_is_described_where_it_waits(name: str) -> None:
+    scheduler = FakeScheduler(asynchronous=True, running=2, waiting=1)
+    scheduler._preempt_request = lambda request: None
+    publisher = StatePublisher(scheduler, name)
+    publisher.scheduled(scheduler, scheduler.schedule(), 1.0)
+    victim = scheduler.running.pop()
+    victim.num_computed_tokens, victim.num_preemptions, victim.num_stale_output_tokens = 0, 1, 1
+    victim._output_token_ids += [7, 7]
+    publisher.preempted(victim)
+    scheduler.waiting.insert(0, victim)
+    publisher.scheduled(scheduler, scheduler.schedule(), 2.0)
+    rows = published(publisher, name).requests
+    assert rows[wire.OUTPUT].tolist() == [0, 2, 0]
+    assert rows[wire.STALE].tolist() == [0, 1, 0]
+    assert rows[wire.PREEMPTIONS].tolist() == [0, 1, 0]
+    assert rows[wire.BATCH_1].tolist() == [1, 1, 0], "its token of before is still in flight"
+    assert rows[wire.BATCH_2].tolist() == [1, 0, 0]
+    publisher.close()
+
+
+def test_a_long_queues_tail_is_told_about_right(name: str) -> None:
+    scheduler = FakeScheduler(waiting=300)
+    publisher = StatePublisher(scheduler, name, waiting_max=10)
+    told = []
+    for number in range(40):
+        scheduler.waiting.append(FakeRequest(f"chatcmpl-more-{number}-0123abcd", prompt=1500))
+        publisher.scheduled(scheduler, FakeOutput({}), 1.0)
+        header = published(publisher, name).header
+        true = sum(r.num_prompt_tokens for r in scheduler.waiting[10:])
+        assert int(header["waiting_total"]) == len(scheduler.waiting)
+        told.append(int(header["waiting_tokens_beyond"]) / true)
+    assert 0.9 < min(told) <= max(told) < 1.1
     publisher.close()

@@ -15,7 +15,7 @@ from block.predict.snapshot import MAX_TOKENS, decode, encode, header_of
 from block.predict.whatif import Mirror, Oracle, predict, predict_all
 from engine.cases import Arrival, arrivals, curve, plain_limits, servable
 
-ENDED_IN_FLIGHT_S = 2e-4  # a batch in flight may carry a token of a request that has ended and is in no snapshot
+ENDED_IN_FLIGHT_S = 3e-4  # a batch in flight may carry a token of a request that has ended and is in no snapshot
 
 
 @st.composite
@@ -160,3 +160,22 @@ def test_limits_survive_the_wire() -> None:
     header = header_of(limits)
     empty = np.zeros((12, 0), np.int32)
     assert decode(encode(header, empty, np.zeros(0, np.uint64), np.zeros(0))).limits == limits
+
+
+def test_each_instance_of_a_batch_has_its_own_way_in_and_out() -> None:
+    near, far, asked = (
+        busy_mirror(),
+        busy_mirror(),
+        {"prompt_tokens": 100, "max_tokens": 50, "output_tokens": 50, "now_s": 0.1},
+    )
+    far.input_s, far.output_s = 0.5, 0.25
+    quick, slow = predict_all([near, far], **asked)
+    assert (quick, slow) == (*predict_all([near], **asked), *predict_all([far], **asked))
+    assert slow.ttft_s > quick.ttft_s + 0.25
+    assert slow.queue_delay_s >= 0.5
+
+
+def test_a_mirror_without_a_snapshot_is_refused() -> None:
+    mirror = busy_mirror()
+    with pytest.raises(ValueError, match="loaded"):
+        predict_all([mirror, Mirror(mirror.curve)], prompt_tokens=10, max_tokens=5, output_tokens=5, now_s=0.1)

@@ -66,6 +66,8 @@ def test_the_made_up_requests_agree_with_the_figures(running: int, used: float) 
     assert (rows[wire.OUTPUT] < rows[wire.MAX_TOKENS]).all()
     assert (rows[wire.FLAGS] & wire.EXACT).all()
     assert len(np.unique(snapshot.keys)) == len(snapshot.keys)
+    assert snapshot.anonymous
+    assert snapshot.limits == limits
 
 
 def test_a_what_if_runs_from_a_coarse_snapshot() -> None:

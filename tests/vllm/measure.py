@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import random
 import statistics
 import time
@@ -98,6 +99,9 @@ async def _one(
                     f"{response.status}: {(await response.text())[:200]}",
                     predicted,
                 )
+            if "x-predicted-ttft-ms" in response.headers:  # through a gateway
+                names = {"ttft_s": "x-predicted-ttft-ms", "e2e_s": "x-predicted-e2e-ms"}
+                predicted["gateway"] = {name: float(response.headers[h]) / 1e3 for name, h in names.items()}
             async for line in response.content:
                 if not line.startswith(b"data: "):
                     continue
@@ -127,14 +131,16 @@ def errors(outcomes: Sequence[Outcome], name: str) -> dict[str, float]:
     ttft = [(p["ttft_s"], o.ttft_s) for o, p in pairs if o.ttft_s]
     e2e = [(p["e2e_s"], o.e2e_s) for o, p in pairs if o.e2e_s]
 
-    def median(values: list[tuple[float, float]]) -> float:
-        return round(statistics.median(abs(p - m) / m for p, m in values), 4)
+    def error(values: list[tuple[float, float]], share: float) -> float:
+        ordered = sorted(abs(p - m) / m for p, m in values)
+        return round(ordered[min(int(share * len(ordered)), len(ordered) - 1)], 4) if ordered else math.nan
 
     def ratio(values: list[tuple[float, float]]) -> float:
         return round(sum(p for p, _ in values) / sum(m for _, m in values), 4)
 
     return {
-        "requests": len(pairs), "ttft_error_p50": median(ttft), "e2e_error_p50": median(e2e), "ttft_mean_ratio": ratio(ttft),
+        "requests": len(pairs), "ttft_error_p50": error(ttft, 0.5), "ttft_error_p90": error(ttft, 0.9),
+        "e2e_error_p50": error(e2e, 0.5), "e2e_error_p90": error(e2e, 0.9), "ttft_mean_ratio": ratio(ttft),
         "e2e_mean_ratio": ratio(e2e), "ttft_mean_s": round(statistics.fmean(m for _, m in ttft), 4),
         "e2e_mean_s": round(statistics.fmean(m for _, m in e2e), 4),
     }  # fmt: skip

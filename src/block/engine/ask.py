@@ -3,10 +3,8 @@
 import cython
 
 if cython.compiled:
-    from cython.cimports.block.engine.kernel import FastEngine
     from cython.cimports.block.engine.store import FINISHED, FIRST, SCHEDULED, STATE, UNUSED
 else:
-    from block.engine.kernel import FastEngine
     from block.engine.store import FINISHED, FIRST, SCHEDULED, STATE, UNUSED
 
 
@@ -19,33 +17,55 @@ def ask_all(engines, scratch, prompt, max_tokens, totals, hits, priority, at_s, 
     (seconds, sum over the others; 0 unless ``harm``).
     """
     i: cython.int
+    for i in range(len(engines)):
+        _ask_one(
+            engines[i], scratch, prompt, max_tokens, totals, hits[i], priority, at_s, horizon_s, believing, harm, out, i
+        )
+
+
+def ask_mirrors(mirrors, scratch, prompt, max_tokens, totals, hits, priority, now_s, horizon_s, harm, out):
+    """``ask_all`` for mirrors (``predict.whatif``), each with its own way in and out: times count from ``now_s``, when the
+    request is sent, to the caller's having the answer."""
+    i: cython.int
+    input_s: cython.double
+    output_s: cython.double
+    for i in range(len(mirrors)):
+        mirror = mirrors[i]
+        if mirror.engine is None:
+            raise ValueError("a mirror has not been loaded")
+        input_s = mirror.input_s
+        output_s = mirror.output_s
+        _ask_one(
+            mirror.engine, scratch, prompt, max_tokens, totals, hits[i], priority, now_s + input_s, horizon_s, False, harm,
+            out, i,
+        )  # fmt: skip
+        out[i, 0] += input_s
+        out[i, 1] += input_s + output_s
+        out[i, 2] += input_s + output_s
+
+
+def _ask_one(engine, scratch, prompt, max_tokens, totals, hit, priority, at_s, horizon_s, believing, harm, out, i):
     k: cython.int
     r: cython.int
     scenarios: cython.int = len(totals)
     with_s: cython.double
     end_s: cython.double = at_s + horizon_s
-    engine: FastEngine
-    for i in range(len(engines)):
-        engine = engines[i]
-        for k in range(6):
-            out[i, k] = 0.0
-        for k in range(scenarios):
-            scratch._adopt(engine, believing)
-            r = _ask(scratch, prompt, max_tokens, totals[k], at_s, hits[i], priority, horizon_s)
-            out[i, 0] += (
-                scratch.times[r, SCHEDULED] - at_s if scratch.times[r, SCHEDULED] >= 0 else horizon_s
-            ) / scenarios
-            out[i, 1] += (scratch.times[r, FIRST] - at_s if scratch.times[r, FIRST] >= 0 else horizon_s) / scenarios
-            out[i, 2] += (
-                scratch.times[r, FINISHED] - at_s if scratch.times[r, FINISHED] >= 0 else horizon_s
-            ) / scenarios
-            out[i, 3] += (scratch.preemption_count + 0.0) / scenarios
-            if scratch.times[r, FINISHED] < 0:
-                out[i, 4] = 1.0
-        if harm:
-            with_s = _finish_sum(scratch, engine.used, end_s)
-            scratch._adopt(engine, believing)
-            out[i, 5] = max(with_s - _finish_sum(scratch, engine.used, end_s), 0.0)
+    for k in range(6):
+        out[i, k] = 0.0
+    for k in range(scenarios):
+        scratch._adopt(engine, believing)
+        r = _ask(scratch, prompt, max_tokens, totals[k], at_s, hit, priority, horizon_s)
+        out[i, 0] += (scratch.times[r, SCHEDULED] - at_s if scratch.times[r, SCHEDULED] >= 0 else horizon_s) / scenarios
+        out[i, 1] += (scratch.times[r, FIRST] - at_s if scratch.times[r, FIRST] >= 0 else horizon_s) / scenarios
+        out[i, 2] += (scratch.times[r, FINISHED] - at_s if scratch.times[r, FINISHED] >= 0 else horizon_s) / scenarios
+        out[i, 3] += (scratch.preemption_count + 0.0) / scenarios
+        if scratch.times[r, FINISHED] < 0:
+            out[i, 4] = 1.0
+    if harm:
+        with_s = _finish_sum(scratch, engine.used, end_s)
+        scratch._adopt(engine, believing)
+        out[i, 5] = max(with_s - _finish_sum(scratch, engine.used, end_s), 0.0)
+    return 0
 
 
 def _ask(engine, prompt, max_tokens, total, at_s, hit, priority, horizon_s):

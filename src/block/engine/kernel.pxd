@@ -27,6 +27,8 @@ cdef class FastEngine(EngineStore):
     cdef void _leave_decoding(self, int r) noexcept
     cdef void _remove_from_decoding(self, int r) noexcept
     cdef void _end(self, int r) noexcept
+    cdef void _look(self, int r) noexcept
+    cdef void _give_back(self, int r, int blocks, bint over) noexcept
 
 
 cdef double _sum_s(int m, double first_s, double growth_s) noexcept

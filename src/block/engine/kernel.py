@@ -42,6 +42,7 @@ if cython.compiled:
         FINISHED,
         FIRST,
         G0,
+        HELD,
         HIT,
         KEY,
         LABEL,
@@ -73,6 +74,7 @@ else:
         FINISHED,
         FIRST,
         G0,
+        HELD,
         HIT,
         KEY,
         LABEL,
@@ -102,6 +104,11 @@ class FastEngine(EngineStore):
         """A request that reaches the queue at ``at_s``; returns its row. It ends after ``min(stop_after, max_tokens)``
         output tokens; what-ifs made from this engine see ``believed`` instead (0: the truth)."""
         return self._add(prompt_tokens, max_tokens, stop_after, at_s, believed, hit_tokens, label, priority)
+
+    def expect(self, row: int, keys: tuple) -> None:
+        """The content keys of the prompt of a request just added; its hit is looked up when it is about to run."""
+        self.cache.expect(row, keys, int(self.rows[row, PROMPT]))
+        self._look(row)
 
     def advance(self, until_s: float) -> None:
         """Let everything up to ``until_s`` happen."""
@@ -451,6 +458,8 @@ class FastEngine(EngineStore):
         whole: cython.int
         while self.wait_n > 0 and self._head_fits(budget, self.free):
             r = self.waiting[self.wait_head]
+            if self.cache is not None:
+                self.cache.admit(r, self.rows[r, HIT])
             whole = self.rows[r, PROMPT] + self.rows[r, DONE] - self.rows[r, HIT]
             tokens = min(whole, budget)
             self.wait_head = (self.wait_head + 1) % self.capacity
@@ -459,7 +468,9 @@ class FastEngine(EngineStore):
             self.rows[r, STATE] = PREFILL
             self.rows[r, COMPUTED] = self.rows[r, HIT]
             self.rows[r, BLOCKS] = self._blocks_for(self.rows[r, HIT] + tokens)
-            self.free -= self.rows[r, BLOCKS]
+            self.free -= self.rows[r, BLOCKS] - self.rows[r, HELD]
+            if self.cache is not None:
+                self.cache.fit(self.free)
             self.running_n += 1
             self._push_order(r)
             self.prefilling[self.prefill_n] = r
@@ -473,15 +484,40 @@ class FastEngine(EngineStore):
         if budget <= 0 or self.running_n >= self.running_max:
             return False
         r: cython.int = self.waiting[self.wait_head]
+        if self.cache is not None:
+            self.cache.fit(self.free)
+            if self.looked_row != r or self.looked_version != self.cache.version:
+                self._look(r)
         tokens: cython.int = self.rows[r, PROMPT] + self.rows[r, DONE] - self.rows[r, HIT]
         taken: cython.int = self.watermark if self.running_n > 0 else 0
         if tokens > budget:
             if not self.chunked:
                 return False
             tokens = budget
+        free += self.rows[r, HELD]
         if self.reserve and self._blocks_for(self.rows[r, PROMPT] + self.rows[r, DONE]) + taken > free:
             return False
         return self._blocks_for(self.rows[r, HIT] + tokens) + taken <= free
+
+    # ---- the prefix cache, where there is one
+
+    def _look(self, r):
+        """What a waiting request would find in the cache now."""
+        self.looked_row, self.looked_version = r, self.cache.version
+        found = self.cache.look(r)
+        self.rows[r, HIT], self.rows[r, HELD] = found[0], found[1]
+
+    def _give_back(self, r, blocks, over):
+        """A request loses its ``blocks``; what others still use of them does not become free."""
+        if self.cache is not None:
+            self.cache.fit(self.free)
+        self.free += blocks - self.rows[r, HELD]
+        self.rows[r, HELD] = 0
+        if self.cache is None:
+            return
+        for heir, inherited in self.cache.release(r, over=over):
+            self.rows[heir, HELD] -= inherited
+            self.free -= inherited
 
     # ---- memory pressure
 
@@ -504,21 +540,23 @@ class FastEngine(EngineStore):
             self.order_n -= 1
         r: cython.int = self.order[self.order_n]
         state: cython.int = self.rows[r, STATE]
+        blocks: cython.int
         i: cython.int
         j: cython.int = 0
         if state == DECODE:
             self.rows[r, DONE] = self._done(r)
-            self.free += self._blocks_for(self._computed_at(r))
+            blocks = self._blocks_for(self._computed_at(r))
             self._remove_from_decoding(r)
         elif state == PREFILL:
-            self.free += self.rows[r, BLOCKS]
+            blocks = self.rows[r, BLOCKS]
             for i in range(self.prefill_n):
                 if self.prefilling[i] != r:
                     self.prefilling[j] = self.prefilling[i]
                     j += 1
             self.prefill_n = j
         else:
-            self.free += self._blocks_for(self.rows[r, PROMPT] + self.rows[r, STOP] - 1)
+            blocks = self._blocks_for(self.rows[r, PROMPT] + self.rows[r, STOP] - 1)
+        self._give_back(r, blocks, state == LAST or self.rows[r, DONE] >= self.rows[r, STOP])
         self.rows[r, PREEMPTIONS] += 1
         self.preemption_count += 1
         self.running_n -= 1
@@ -548,6 +586,8 @@ class FastEngine(EngineStore):
             self.firsts[(self.first_head + self.first_n) % self.capacity] = r
             self.firsts_due[(self.first_head + self.first_n) % self.capacity] = self.g - 1 + self.lag
             self.first_n += 1
+        if self.cache is not None:
+            self.cache.complete(r)
         self.rows[r, DONE] += 1
         self._join(r, self.g + max(self.rows[r, STOP] - self.rows[r, DONE], 0) - 1)
 
@@ -583,7 +623,7 @@ class FastEngine(EngineStore):
     def _end(self, r):
         """A request's last token has been delivered."""
         if self.rows[r, KEY] != -1:  # else it was preempted with its last token in flight and holds nothing
-            self.free += self._blocks_for(self._computed_at(r))
+            self._give_back(r, self._blocks_for(self._computed_at(r)), True)
             self.running_n -= 1
         self.rows[r, STATE] = DONE_STATE
         self.times[r, FINISHED] = self.now

@@ -13,6 +13,7 @@ if cython.compiled:
         FINISHED,
         FIRST,
         G0,
+        HELD,
         HIT,
         KEY,
         LABEL,
@@ -38,6 +39,7 @@ else:
         FINISHED,
         FIRST,
         G0,
+        HELD,
         HIT,
         KEY,
         LABEL,
@@ -108,6 +110,7 @@ def _restore_row(engine, i, requests, total, running, batches):
     engine.rows[i, BELIEVED] = total
     engine.rows[i, DONE] = done
     engine.rows[i, G0] = engine.rows[i, KEY] = engine.rows[i, HIT] = engine.rows[i, PREEMPTIONS] = 0
+    engine.rows[i, HELD] = 0
     engine.rows[i, COMPUTED] = engine.rows[i, BLOCKS] = 0
     engine.rows[i, LABEL] = i
     engine.rows[i, PRIORITY] = requests[IN_PRIORITY, i]

@@ -1,6 +1,6 @@
 from block.steptime.curve cimport StepCurve
 
-cdef int PROMPT, STOP, MAX_TOKENS, DONE, G0, KEY, STATE, COMPUTED, BLOCKS, HIT, PREEMPTIONS, BELIEVED, LABEL, PRIORITY, ARRIVED, SCHEDULED, FIRST, FINISHED, UNUSED, EXPECTED, WAITING, PREFILL, DECODE, LAST, DONE_STATE
+cdef int PROMPT, STOP, MAX_TOKENS, DONE, G0, KEY, STATE, COMPUTED, BLOCKS, HIT, PREEMPTIONS, BELIEVED, LABEL, PRIORITY, HELD, ARRIVED, SCHEDULED, FIRST, FINISHED, UNUSED, EXPECTED, WAITING, PREFILL, DECODE, LAST, DONE_STATE
 
 
 cdef class EngineStore:
@@ -31,6 +31,9 @@ cdef class EngineStore:
     cdef bint by_priority
     cdef int lag
     cdef public bint jumping
+    cdef public object cache
+    cdef int looked_row
+    cdef long long looked_version
     cdef int capacity
     cdef int used
     cdef int order_n

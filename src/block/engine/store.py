@@ -22,6 +22,7 @@ PREEMPTIONS = 10
 BELIEVED = 11  # expected output tokens: what a what-if takes for STOP
 LABEL = 12  # the caller's number for the request
 PRIORITY = 13
+HELD = 14  # blocks of its prefix hit that are charged to another request
 
 # Columns of a request's times, seconds; negative: not yet.
 ARRIVED = 0
@@ -55,6 +56,8 @@ class EngineStore:
         self.by_priority = limits.policy == "priority"
         self.lag = 2 if limits.async_scheduling else 1
         self.jumping = True
+        self.cache = None  # a PrefixCache; copies have none
+        self.looked_row = self.looked_version = -1
         self.hist = np.zeros(limits.block_size, np.int32)
         self.capacity = 0
         self.used = 0
@@ -183,6 +186,7 @@ class EngineStore:
         self.rows[r, PREEMPTIONS] = 0
         self.rows[r, LABEL] = label
         self.rows[r, PRIORITY] = priority
+        self.rows[r, HELD] = 0
         self.rows[r, STATE] = EXPECTED
         self.times[r, ARRIVED] = at_s
         self.times[r, SCHEDULED] = -1.0

@@ -2,7 +2,9 @@
 
 Layout: ``HEADER`` (one record), ``requests`` (int32, FIELDS x n: running in order, then waiting in order), ``keys`` (uint64 x n),
 ``arrived`` (float64 x n), ``steps`` (``STEP`` x steps: the last finished ones, oldest first, for calibration),
-``cached_blocks`` (uint64 x cached: content keys of findable prefix-cache blocks; empty where unknown).
+``cached_blocks`` (uint64 x cached: content keys of findable prefix-cache blocks; empty where unknown). Behind that, where the
+header's flags say so, ``PREFIX`` (one record) and ``hits`` (int32 x n: prompt tokens that each request found in the prefix
+cache when it was admitted, -1: not yet). Who does not know the last part ignores it.
 The same bytes lie in shared memory, travel in the predictor's stream and feed the engine model.
 
 Times are wall-clock seconds (``time.time``), so that hosts can compare them.
@@ -52,6 +54,8 @@ HEADER: Final = np.dtype(
 )  # fmt: skip
 
 ASYNC, CHUNKED, PREFIX_CACHING, PRIORITY_POLICY, RESERVE_FULL = 1, 2, 4, 8, 16  # HEADER flags
+ANONYMOUS: Final = 32  # HEADER flags: the requests are made up from counts, and so are their keys
+PREFIX_TOLD: Final = 64  # HEADER flags: PREFIX and hits follow
 
 STEP: Final = np.dtype(
     [
@@ -59,6 +63,28 @@ STEP: Final = np.dtype(
         ("prefill_tokens", "<i4"), ("prefill_work", "<f8"), ("chunks", "<i4"),
     ]
 )  # fmt: skip
+
+
+PREFIX: Final = np.dtype(
+    [
+        ("queried_tokens", "<i8"), ("hit_tokens", "<i8"),  # of all prompts admitted since the start
+        ("blocks_cached", "<i4"),  # findable blocks; -1: not known
+        ("unused", "<i4"),
+    ]
+)  # fmt: skip
+
+
+class PrefixUse(msgspec.Struct, frozen=True, eq=False):
+    """What an engine tells of its prefix cache: counters since its start, and what each request found there.
+
+    ``hits``: (n,) int32, prompt tokens, -1 for a request that has not been admitted; ``blocks_cached``: -1 if not known.
+    Which prompts are cached it does not tell: the engine's hashes are of token ids, salted anew at every start.
+    """
+
+    queried_tokens: int
+    hit_tokens: int
+    blocks_cached: int
+    hits: npt.NDArray[np.int32]
 
 
 class EngineSnapshot(msgspec.Struct, frozen=True, eq=False):
@@ -75,6 +101,7 @@ class EngineSnapshot(msgspec.Struct, frozen=True, eq=False):
     arrived: npt.NDArray[np.float64]
     steps: npt.NDArray[np.void]
     cached_blocks: npt.NDArray[np.uint64]
+    prefix: PrefixUse | None = None
 
     @property
     def running(self) -> int:
@@ -83,6 +110,16 @@ class EngineSnapshot(msgspec.Struct, frozen=True, eq=False):
     @property
     def waiting(self) -> int:
         return int(self.header["waiting"])
+
+    @property
+    def waiting_total(self) -> int:
+        """Those beyond the cap too."""
+        return int(self.header["waiting_total"])
+
+    @property
+    def anonymous(self) -> bool:
+        """Whether it shows how many requests there are, but not which."""
+        return bool(int(self.header["flags"]) & ANONYMOUS)
 
     @property
     def taken_s(self) -> float:
@@ -198,4 +235,13 @@ def decode(buffer: bytes | bytearray | memoryview, limits: EngineLimits | None =
     at += 16 * n
     step_rows = np.frombuffer(buffer, STEP, steps, at)
     cached_keys = np.frombuffer(buffer, "<u8", cached, at + steps * STEP.itemsize)
-    return EngineSnapshot(header, limits or limits_of(header), requests, keys, arrived, step_rows, cached_keys)
+    prefix = _prefix(buffer, size, n) if int(header["flags"]) & PREFIX_TOLD else None
+    return EngineSnapshot(header, limits or limits_of(header), requests, keys, arrived, step_rows, cached_keys, prefix)
+
+
+def _prefix(buffer: bytes | bytearray | memoryview, at: int, n: int) -> PrefixUse:
+    if len(buffer) < at + PREFIX.itemsize + 4 * n:
+        raise BadInputError(f"What a snapshot of {n} requests tells of its prefix cache is cut short.")
+    record = np.frombuffer(buffer, PREFIX, 1, at)[0]
+    hits = np.frombuffer(buffer, "<i4", n, at + PREFIX.itemsize)
+    return PrefixUse(int(record["queried_tokens"]), int(record["hit_tokens"]), int(record["blocks_cached"]), hits)

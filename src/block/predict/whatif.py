@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from block.core import Prediction, Request
-from block.engine.ask import ask_all
+from block.engine.ask import ask_mirrors
 from block.engine.kernel import FastEngine
 from block.engine.limits import EngineLimits
 from block.engine.resume import restore
@@ -69,13 +69,14 @@ class Mirror:
         self.taken_s = float(header["taken_s"])
 
     def add(
-        self, key: int, prompt_tokens: int, max_tokens: int, expected_total: int, arrived_s: float, priority: int = 0
-    ) -> None:
+        self, key: int, prompt_tokens: int, max_tokens: int, expected_total: int, arrived_s: float, priority: int = 0,
+        hit_tokens: int = 0,
+    ) -> None:  # fmt: skip
         """A request dispatched to the instance that the loaded snapshot does not show yet."""
         if self.engine is None:
             raise ValueError("load a snapshot first")
         at_s = arrived_s + self.input_s
-        self.engine.add(prompt_tokens, max_tokens, expected_total, at_s, priority=priority)
+        self.engine.add(prompt_tokens, max_tokens, expected_total, at_s, hit_tokens=hit_tokens, priority=priority)
 
 
 def ask(
@@ -88,32 +89,17 @@ def ask(
     ``output_tokens``: its expected total, or several scenarios that are averaged; ``hits``: (mirrors,) its prompt tokens in
     each prefix cache. Returns (mirrors, 6): queue delay, TTFT, E2E in seconds from ``now_s``, preemptions foreseen on the
     instance until it ends, truncated (0/1), harm in seconds (0 unless asked).
+
+    Raises:
+        ValueError: a mirror has not been loaded.
     """
-    scenarios = [output_tokens] if isinstance(output_tokens, int) else list(output_tokens)
-    totals = np.array(scenarios, np.int32)
-    out = np.empty((len(mirrors), 6))
-    engines = [m.engine for m in mirrors]
+    totals = np.array([output_tokens] if isinstance(output_tokens, int) else output_tokens, np.int32)
+    count = len(mirrors)
+    out = np.empty((count, 6))
     if hits is None:
-        hits = _NO_HITS[: len(mirrors)] if len(mirrors) <= len(_NO_HITS) else np.zeros(len(mirrors), np.int32)
-    input_s = mirrors[0].input_s if mirrors else 0.0
-    ask_all(
-        engines,
-        scratch,
-        prompt_tokens,
-        max_tokens,
-        totals,
-        hits,
-        priority,
-        now_s + input_s,
-        horizon_s,
-        False,
-        harm,
-        out,
-    )
-    for row, mirror in zip(out, mirrors, strict=True):
-        row[0] += input_s
-        row[1] += input_s + mirror.output_s
-        row[2] += input_s + mirror.output_s
+        hits = _NO_HITS if count <= len(_NO_HITS) else np.zeros(count, np.int32)
+    listed = mirrors if isinstance(mirrors, list) else list(mirrors)
+    ask_mirrors(listed, scratch, prompt_tokens, max_tokens, totals, hits, priority, now_s, horizon_s, harm, out)
     return out
 
 
@@ -123,6 +109,12 @@ def scratch_engine(mirrors: Sequence[Mirror]) -> FastEngine:
         if mirror.engine is not None:
             return FastEngine(mirror.engine.limits, mirror.curve)
     raise ValueError("no mirror has been loaded")
+
+
+def prefill_tokens_per_s(curve: StepCurve, limits: EngineLimits) -> float:
+    """Tokens per second of full steps that compute prompts from their beginning and nothing else."""
+    tokens = limits.max_num_batched_tokens
+    return tokens / max(float(curve.gpu_s(0, 0, tokens, 0.5 * tokens * tokens, 1)), 1e-9)
 
 
 class Oracle:

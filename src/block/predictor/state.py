@@ -176,5 +176,13 @@ def describe(snapshot: EngineSnapshot, age_s: float) -> dict[str, Any]:
     steps = [dict(zip(s.STEP.names or (), row, strict=True)) for row in snapshot.steps.tolist()]
     return {
         "age_s": age_s, "limits": snapshot.limits, "header": header, "requests": requests, "steps": steps,
-        "cached_blocks": len(snapshot.cached_blocks),
+        "cached_blocks": len(snapshot.cached_blocks), "prefix": _prefix(snapshot),
     }  # fmt: skip
+
+
+def _prefix(snapshot: EngineSnapshot) -> dict[str, Any] | None:
+    use = snapshot.prefix
+    if use is None:
+        return None
+    counters = {"queried_tokens": use.queried_tokens, "hit_tokens": use.hit_tokens, "blocks_cached": use.blocks_cached}
+    return counters | {"hits": use.hits.tolist()}

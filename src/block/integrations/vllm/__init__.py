@@ -7,7 +7,7 @@ and numpy, nothing compiled. Options come from the environment, because vLLM han
 here and nowhere else:
 
 - ``BLOCK_VLLM_NAME``: the instance's name (default ``vllm``; data-parallel rank r > 0 adds ``-dp<r>``)
-- ``BLOCK_VLLM_WAITING``: waiting requests described one by one (default 256); beyond, only their number and tokens
+- ``BLOCK_VLLM_WAITING``: waiting requests described one by one (default 128); beyond, only their number and tokens
 - ``BLOCK_VLLM_TRACE``: also record every decision into this file (see ``trace``)
 - ``BLOCK_VLLM_EMULATE``: a step-time profile: replace the forward pass by its latency (see ``emulated_gpu``)
 - ``BLOCK_VLLM_CALM=1``: for tests on few cores: sleep where vLLM's message queues spin
@@ -30,7 +30,7 @@ class PluginOptions(NamedTuple):
     """What the environment says; see the module's docstring."""
 
     name: str = "vllm"
-    waiting_max: int = 256
+    waiting_max: int = 128
     trace: Path | None = None
     emulate: bool = False
     calm: bool = False
@@ -43,7 +43,7 @@ def options_from(environment: Mapping[str, str]) -> PluginOptions:
     Raises:
         ValueError: ``BLOCK_VLLM_WAITING`` is not a number from 0 to 16000.
     """
-    waiting = environment.get("BLOCK_VLLM_WAITING", "256")
+    waiting = environment.get("BLOCK_VLLM_WAITING", "128")
     if not waiting.isdigit() or int(waiting) > 16_000:
         raise ValueError(f"BLOCK_VLLM_WAITING must be a number from 0 to 16000, not {waiting!r}")
     trace = environment.get("BLOCK_VLLM_TRACE")

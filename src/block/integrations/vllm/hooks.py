@@ -1,5 +1,6 @@
 """Wrapping a scheduler class so that a publisher sees each step, and so that nothing it does can hurt the engine."""
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -34,11 +35,13 @@ def install(cls: Any, make_watcher: Callable[[Any], Watcher | None]) -> None:
     setattr(cls, _INSTALLED, True)
     init, schedule, update, add = cls.__init__, cls.schedule, cls.update_from_output, cls.add_request
 
+    @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it takes the place of one
         init(self, *args, **kwargs)
         setattr(self, _WATCHER, None)
         _guarded(self, lambda: setattr(self, _WATCHER, make_watcher(self)))
 
+    @functools.wraps(schedule)
     def watched_schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
         started_s = time.time()
         output = schedule(self, *args, **kwargs)
@@ -47,6 +50,7 @@ def install(cls: Any, make_watcher: Callable[[Any], Watcher | None]) -> None:
             _guarded(self, lambda: watcher.scheduled(self, output, started_s))
         return output
 
+    @functools.wraps(update)
     def watched_update(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         finished_s = time.time()
         result = update(self, scheduler_output, *args, **kwargs)
@@ -55,6 +59,7 @@ def install(cls: Any, make_watcher: Callable[[Any], Watcher | None]) -> None:
             _guarded(self, lambda: watcher.updated(self, scheduler_output, finished_s))
         return result
 
+    @functools.wraps(add)
     def watched_add(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         result = add(self, request, *args, **kwargs)
         watcher = self._block_watcher
@@ -77,6 +82,7 @@ def install(cls: Any, make_watcher: Callable[[Any], Watcher | None]) -> None:
 def _install_preempt(cls: Any) -> None:
     preempt = cls._preempt_request
 
+    @functools.wraps(preempt)
     def watched_preempt(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         result = preempt(self, request, *args, **kwargs)
         watcher = self._block_watcher
@@ -90,6 +96,7 @@ def _install_preempt(cls: Any) -> None:
 def _install_shutdown(cls: Any) -> None:
     shutdown = cls.shutdown
 
+    @functools.wraps(shutdown)
     def watched_shutdown(self: Any, *args: Any, **kwargs: Any) -> Any:
         watcher, self._block_watcher = self._block_watcher, None
         if watcher is not None:

@@ -35,13 +35,17 @@ def limits_of_scheduler(scheduler: Any) -> EngineLimits:
 
 def waiting_in_order(scheduler: Any) -> list[Any]:
     """Waiting requests in the order in which ``schedule()`` will look at them."""
-    waiting = list(scheduler.waiting)
-    # Held apart from the queue but looked at before it: by 0.32 requests that hold blocks, 0.18 to 0.31 skipped ones.
+    return [*waiting_apart(scheduler), *scheduler.waiting]
+
+
+def waiting_apart(scheduler: Any) -> list[Any]:
+    """Waiting requests held apart from the queue but looked at before it: by 0.32 those that hold blocks, by 0.18 to 0.31
+    skipped ones."""
+    apart: list[Any] = []
     for name in ("kv_holding_waiting", "skipped_waiting"):
-        apart = getattr(scheduler, name, None)
-        if apart:
-            waiting = [*apart, *waiting]
-    return waiting
+        if queue := getattr(scheduler, name, None):
+            apart = [*queue, *apart]
+    return apart
 
 
 def _block_size(scheduler: Any) -> int:

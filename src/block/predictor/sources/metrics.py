@@ -4,7 +4,7 @@ The engine tells how many requests run and wait and how full its cache is; how l
 snapshot holds as many made-up requests: prompts and answers of the mean length that the engine's own histograms state,
 spread evenly over their lives, and scaled so that together they hold the blocks that are really in use. Good for
 queues, blind to who is in them; see docs/vllm.md for what that costs in accuracy. Their lengths are marked as fixed, so
-that nobody learns from requests that do not exist.
+that nobody learns from requests that do not exist, and the snapshot as anonymous, so that nobody looks for their keys.
 """
 
 import asyncio
@@ -142,6 +142,7 @@ def coarse_snapshot(figures: Figures, limits: EngineLimits, *, taken_s: float, s
     rows[wire.COMPUTED, :running] = rows[wire.PROMPT, :running] + rows[wire.OUTPUT, :running] - 1
     rows[wire.BLOCKS, :running] = blocks
     header = wire.header_of(limits)
+    header["flags"] |= wire.ANONYMOUS
     header["running"], header["waiting"], header["waiting_total"] = running, waiting, waiting_total
     header["waiting_tokens_beyond"] = round((waiting_total - waiting) * prompt)
     header["sequence"], header["epoch"], header["taken_s"] = sequence, epoch, taken_s
