@@ -11,7 +11,7 @@ from pathlib import Path
 BLOCK = [sys.executable, "-m", "block"]
 
 
-def children(pid: int) -> set[int]:
+def children(pid: int | str) -> set[int]:
     """Processes that descend from ``pid``, by their session's environment mark."""
     found = set()
     for entry in Path("/proc").iterdir():
@@ -20,7 +20,7 @@ def children(pid: int) -> set[int]:
                 environment = (entry / "environ").read_bytes()
             except OSError:
                 continue
-            if f"BLOCK_TEST_MARK={pid}".encode() in environment:
+            if f"BLOCK_TEST_MARK={pid}\0".encode() in environment:
                 found.add(int(entry.name))
     return found
 
@@ -74,3 +74,26 @@ def test_an_unknown_policy_ends_the_demo_in_one_sentence_before_it_starts(tmp_pa
     assert done.returncode == 2
     assert done.stderr.startswith("block: There is no policy named 'nonsense'. Known: ")
     assert "Traceback" not in done.stderr
+
+
+def test_with_autoscale_instances_come_with_the_load_and_no_request_is_lost(tmp_path: Path) -> None:
+    mark = os.getpid()
+    arguments = [
+        "demo", "--autoscale", "--controller", "hpa-rps:target=1,average_s=2", "--rate", "5", "--seconds", "6",
+        "--out", str(tmp_path), "--json",
+    ]  # fmt: skip
+    environment = {**os.environ, "BLOCK_TEST_MARK": f"{mark}a"}
+    done = subprocess.run(
+        [*BLOCK, *arguments], capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["requests"] > 5
+    assert result["failed"] == 0
+    assert result["instances_most"] > result["instances_least"] >= 1
+    decisions = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
+    assert len(decisions) == result["decisions"]
+    assert {decision["action"] for decision in decisions} >= {"ordered", "kept"}
+    assert (tmp_path / "provisioning.png").stat().st_size > 1000
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + result["requests"]
+    assert not children(f"{mark}a")

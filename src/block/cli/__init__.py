@@ -10,7 +10,7 @@ from block.errors import UserError
 
 # Subcommands in the order of the help text. Each is ``command``, a click command or group, in block.cli.NAME.
 COMMANDS = (
-    "demo", "serve", "predictor", "emulate", "replay",
+    "demo", "serve", "predictor", "autoscale", "emulate", "replay",
     "policies", "profiles", "profile", "fit", "calibrate", "validate", "bench",
     "simulate", "capacity", "compare", "length", "conformance",
 )  # fmt: skip

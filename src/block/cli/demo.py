@@ -8,15 +8,20 @@ import click
 
 @click.command()
 @click.option("--policies", default="", help="Policies to compare, separated by commas. [four that show the idea]")
-@click.option("--rate", default=66.0, show_default=True, help="Requests per second.")
-@click.option("--seconds", default=14.0, show_default=True, help="Length of the workload of each policy.")
+@click.option("--rate", type=float, help="Requests per second; with --autoscale the highest. [66; with --autoscale 12]")
+@click.option("--seconds", type=float, help="Length of the workload (of each policy). [14; with --autoscale 90]")
 @click.option("--seed", default=0, show_default=True, help="The same seed offers the same requests at the same times.")
 @click.option(
     "--out", default="demo-results", show_default=True, type=click.Path(path_type=Path, file_okay=False),
     help="Folder for rows.csv and latency.png.",
 )  # fmt: skip
+@click.option("--autoscale", is_flag=True, help="Instead: load rises and falls, instances come and go with it.")
+@click.option("--controller", help="Who decides how many, with --autoscale. [replay, quickened]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(policies: str, rate: float, seconds: float, seed: int, out: Path, as_json: bool) -> None:
+def command(
+    policies: str, rate: float | None, seconds: float | None, seed: int, out: Path, autoscale: bool, controller: str | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Run the whole system on this machine: four emulated instances of unequal speed and memory, a predictor beside each, the
     gateway, and the same workload under several policies.
 
@@ -25,6 +30,8 @@ def command(policies: str, rate: float, seconds: float, seed: int, out: Path, as
       block demo
       block demo --policies round-robin,block --seconds 30
       block demo --json > demo.json
+      block demo --autoscale
+      block demo --autoscale --controller relief:threshold_s=2 --seconds 60
     """
     import asyncio
     import json
@@ -34,6 +41,11 @@ def command(policies: str, rate: float, seconds: float, seed: int, out: Path, as
     from block.errors import ConfigError
     from block.policy.table import policy_from
 
+    if autoscale:
+        _provision(controller, rate, seconds, seed, out, as_json)
+        return
+    rate = 66.0 if rate is None else rate
+    seconds = 14.0 if seconds is None else seconds
     names = [name.strip() for name in policies.split(",") if name.strip()] or list(scenario.POLICIES)
     for name in names:
         policy_from(name)
@@ -59,6 +71,44 @@ def command(policies: str, rate: float, seconds: float, seed: int, out: Path, as
             "the latencies above include that. Try a lower --rate or a quieter machine.",
             err=True,
         )
+
+
+def _provision(
+    controller: str | None, rate: float | None, seconds: float | None, seed: int, out: Path, as_json: bool
+) -> None:
+    import asyncio
+    import json
+    import signal
+
+    from block.autoscale.controllers import controller_from
+    from block.autoscale.terms import Kind
+    from block.demo import provisioning
+    from block.demo.provisioning_view import display, print_table
+    from block.errors import ConfigError
+    from block.metrics.row import row_writer
+
+    controller = controller or provisioning.CONTROLLER
+    controller_from(controller, [Kind()])
+    peak_rps = provisioning.PEAK_RPS if rate is None else rate
+    seconds = provisioning.SECONDS if seconds is None else seconds
+    if not (peak_rps > 0 and seconds > 0):
+        raise ConfigError("--rate and --seconds must be greater than 0.")
+    out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with display() as progress:
+        try:
+            outcome = asyncio.run(provisioning.run_provisioning(controller, peak_rps, seconds, seed, progress))
+        except KeyboardInterrupt:
+            raise click.Abort from None
+    with row_writer(out / "rows.csv") as writer:
+        for row in outcome.rows:
+            writer.write(row)
+    provisioning.write_decisions(outcome, out / "decisions.jsonl")
+    provisioning.draw(outcome, out / "provisioning.png")
+    if as_json:
+        click.echo(json.dumps(provisioning.as_json(outcome)))
+    else:
+        print_table(outcome, out)
 
 
 def _print_table(outcomes: Any, out: Path) -> None:

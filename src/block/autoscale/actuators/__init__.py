@@ -1,0 +1,1 @@
+"""What starts and stops instances: one file each, by name in ``table``."""

@@ -1,0 +1,56 @@
+"""One autoscaler acts, the others stand by: who holds the lock leads."""
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Protocol
+
+from block.errors import ConfigError
+
+
+class Lock(Protocol):
+    """Asked before every decision is acted on."""
+
+    async def held(self) -> bool:
+        """Whether this autoscaler leads now; takes the lock if it is free."""
+        ...
+
+    async def release(self) -> None: ...
+
+
+class NoLock:
+    """Always leads."""
+
+    async def held(self) -> bool:
+        return True
+
+    async def release(self) -> None:
+        return
+
+
+class FileLock:
+    """An advisory lock on a file of this machine, let go by the system when its holder dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, -1
+
+    async def held(self) -> bool:
+        """Raises ConfigError: the file cannot be made."""
+        if self._file >= 0:
+            return True
+        try:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(f"The lock file {self._path} cannot be opened: {error.strerror}.") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return False
+        self._file = file
+        return True
+
+    async def release(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
