@@ -2,8 +2,9 @@
 
 Run: python bench/length.py [cost] [quality] [learners] --sets FOLDER
 
-cost      one request from text to distribution (P50, P99, CPU time), load, size; all requests of 12 x 48 at once;
-          the trees by numpy against LightGBM's own single-row prediction
+cost      one request from text to distribution (P50, P99, CPU time), what learning from a finished one takes, what the event
+          loop spends on a line of the request log, load, size; all requests of 12 x 48 at once; the trees by numpy against
+          LightGBM's own single-row prediction
 quality   every set alone, 5 folds by prompt, against the baselines (as `block length eval --separately --by-set`)
 learners  location-scale hybrid (what ships) against boosted quantiles and a discretised distribution, same folds
 
@@ -54,12 +55,20 @@ def cost(records: Sequence[Record]) -> dict[str, object]:
     requests = [
         Request(id=str(i), arrived_s=0.0, prompt_tokens=1, prompt=text, model="m") for i, text in enumerate(chosen)
     ]
+    told = [estimator.estimate(request) for request in requests]
+    lengths = [
+        max(1, round(estimate.quantile(float(q)))) for estimate, q in zip(told, rng.random(len(told)), strict=True)
+    ]
+    observe = percentiles_us(lambda i: estimator.observe(requests[i], lengths[i]), len(requests))
     long = Request(id="long", arrived_s=0.0, prompt_tokens=1, prompt="some words and " * 70_000, model="m")
     n = 12 * 48
     rows = rng.integers(1, len(estimator.bank), n).astype(np.int32)
     generated, caps = rng.integers(0, 900, n).astype(np.int32), np.full(n, 4096, np.int32)
     p50, p99 = percentiles_us(lambda i: estimator.estimate(requests[i]), len(requests))
     return {
+        "observe_us_p50": observe[0],
+        "observe_us_p99": observe[1],
+        "log_us_p50": log_cost(),
         "estimate_us_p50": p50,
         "estimate_us_p99": p99,
         "estimate_1_mb_us_p50": percentiles_us(lambda _: estimator.estimate(long), 300)[0],
@@ -74,6 +83,29 @@ def cost(records: Sequence[Record]) -> dict[str, object]:
         )[0],
         **trees_cost(),
     }
+
+
+def log_cost() -> float:
+    """Microseconds that the event loop spends on one row of the request log."""
+    from types import SimpleNamespace
+
+    from block.gateway.metrics import Metrics
+    from block.gateway.requestlog import RequestLog
+
+    request = Request(id="r", arrived_s=0.0, prompt_tokens=9, model="m")
+    exchange = SimpleNamespace(
+        http=SimpleNamespace(body=b"{}"),
+        instance=None,
+        answered_s=1.0,
+        arrived_s=0.0,
+        request=request,
+        expected_total=9,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        log = RequestLog(f"{folder}/rows.jsonl", Metrics(), prompts="full")
+        taken = percentiles_us(lambda _: log.note(exchange, 9, None), 5000)[0]  # type: ignore[arg-type]
+        log.close()
+    return taken
 
 
 def trees_cost() -> dict[str, float]:

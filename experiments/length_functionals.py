@@ -1,119 +1,87 @@
-"""What output lengths are worth in the 12-instance cluster, and which number of a distribution decides best.
+"""Which number of a length distribution should a what-if use? Mean, median, quantiles, or what several joint draws come to.
 
-Run: python experiments/length_functionals.py [--rate 31] [--requests 4000] [--seeds 1 2] [--only lengths|functionals|noise]
+Run: python experiments/length_functionals.py [--rate 31] [--seeds 5] [--policy block-paper] [--lengths oracle:0.5 history]
 
-lengths      policy block with oracle, learned-like (a told length with log-normal noise whose spread is the learned
-             estimator's on public sets: 0.5), history and constant lengths; llumnix-minus beside them
-functionals  the same noisy lengths read as a distribution (conditional mean, P30, median, P70, a random draw per what-if)
-             and as a bare number that is raised by ten tokens when it is passed
-noise        policy block with noise of 0-100 %
+Published 12-instance cluster (paper-default.toml), one rate near saturation, common random numbers. Means over the seeds, and
+the capacity for TTFT P99 <= 3 s with ``--capacity``. `length_knowledge.py` says what lengths may be known as.
+
+own                  what the policy itself takes (`block`: its belief, P30 of those present and the mean of the new one)
+mean ... p70         that functional of every request's distribution, the new one's and those present, given what they generated
+sampled              one random draw a request and what-if
+scenarios k          the what-if asked with k joint draws of all lengths (a Latin hypercube), its answers averaged
+number + 10          the noisy number itself, raised by ten tokens when it is passed
 """
 
 import argparse
-import json
-import platform
+import csv
 import subprocess
-from collections.abc import Sequence
+import time
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from block.length.distribution import DistributionBank, Floats, Ints
-from block.metrics import summarize
-from block.simulate import SimulationConfig, load_config, simulate
-from block.simulate import cluster as cluster_module
-from block.simulate.config import LengthModel
+from block.simulate import load_config
+from block.simulate.capacity import find_capacity, parse_criterion
 from block.simulate.sweep import varied
+from length_knowledge import Knowledge, run
 
 CONFIG = Path(__file__).parent / "paper-default.toml"
-LEARNED_SPREAD = 0.5
+FUNCTIONALS = ("own", "mean", "p30", "median", "p70", "sampled")
+SCENARIOS = (4, 8)
+FIGURES = ("ttft_s_mean", "ttft_s_p99", "e2e_s_mean", "e2e_s_p99", "preemptions")
 
 
-class ReadBank(DistributionBank):
-    """Asked for the mean, answers with another functional: an experiment wraps the seam instead of branching in it."""
-
-    functional = "mean"
-
-    def expected_totals(self, rows: Ints, generated: Ints, caps: Ints) -> Ints:
-        if self.functional == "mean":
-            return super().expected_totals(rows, generated, caps)
-        return self.totals(self.functional, rows, generated, caps, self._rng)  # type: ignore[arg-type]
-
-    def expected_total(self, row: int, generated: int, cap: int) -> float:
-        one = (np.array([row], np.int32), np.array([generated], np.int32), np.array([cap], np.int32))
-        return (
-            float(self.expected_totals(*one)[0])
-            if self.functional != "mean"
-            else super().expected_total(row, generated, cap)
-        )
-
-    def read_as(self, functional: str, seed: int) -> None:
-        self.functional, self._rng = functional, np.random.default_rng(seed)
-
-
-def run(config: SimulationConfig, functional: str = "mean") -> dict[str, Floats | float]:
-    made = cluster_module._estimator
-
-    def wrapped(config: SimulationConfig, offered: Sequence[object]) -> object:
-        estimator = made(config, offered)  # type: ignore[arg-type]
-        estimator.bank.__class__ = ReadBank
-        estimator.bank.read_as(functional, config.seed)  # type: ignore[attr-defined]
-        return estimator
-
-    cluster_module._estimator = wrapped  # type: ignore[assignment]
-    try:
-        rows = simulate(config)
-    finally:
-        cluster_module._estimator = made
-    s = summarize(rows)
-    return {"ttft_s_mean": s.ttft_s_mean, "ttft_s_p99": s.ttft_s_p99, "e2e_s_mean": s.e2e_s_mean, "e2e_s_p99": s.e2e_s_p99,
-            "preemptions": s.preemptions}  # type: ignore[dict-item]  # fmt: skip
-
-
-def cases(only: str) -> list[tuple[str, str, LengthModel, str]]:
-    """(label, policy, lengths, functional)."""
-
-    def noisy(noise: float, *, distribution: bool = True) -> LengthModel:
-        return LengthModel(estimator="oracle", options={"noise": noise, "distribution": distribution})
-
-    oracle, spread = LengthModel(), noisy(LEARNED_SPREAD)
-    listed = {
-        "lengths": [
-            ("llumnix-minus", "llumnix-minus", oracle, "mean"), ("oracle", "block", oracle, "mean"),
-            (f"noise {LEARNED_SPREAD:g}", "block", spread, "mean"),
-            ("history", "block", LengthModel(estimator="history"), "mean"),
-            ("constant", "block", LengthModel(estimator="constant", options={"tokens": 326}), "mean"),
-        ],
-        "functionals": [
-            *((f"noise {LEARNED_SPREAD:g}, {f}", "block", spread, f) for f in ("mean", "p30", "median", "p70", "sampled")),
-            (f"noise {LEARNED_SPREAD:g}, number + 10", "block", noisy(LEARNED_SPREAD, distribution=False), "mean"),
-            *((f"history, {f}", "block", LengthModel(estimator="history"), f) for f in ("mean", "p30", "median", "p70", "sampled")),
-        ],
-        "noise": [(f"noise {n:g}", "block", noisy(n), "mean") for n in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0)],
-    }  # fmt: skip
-    return [case for name, some in listed.items() if only in ("all", name) for case in some]
+def cases(lengths: list[str]) -> list[tuple[str, Knowledge]]:
+    listed: list[tuple[str, Knowledge]] = []
+    for kind in lengths:
+        listed += [(f"{kind}, {functional}", Knowledge(kind, functional)) for functional in FUNCTIONALS]
+        listed += [(f"{kind}, scenarios {k}", Knowledge(kind, scenarios=k)) for k in SCENARIOS]
+        if kind.startswith("oracle:"):
+            listed.append((f"{kind}, number + 10", Knowledge(kind.replace("oracle", "number"))))
+    return listed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, default=31.0)
-    parser.add_argument("--requests", type=int, default=4000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--only", default="all", choices=["all", "lengths", "functionals", "noise"])
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--policy", default="block-paper")
+    parser.add_argument("--lengths", nargs="+", default=["oracle:0.5", "history"])
+    parser.add_argument("--capacity", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    print(json.dumps({"commit": commit.strip(), "host": platform.machine(), "seeds": options.seeds, "rate": options.rate,
-                      "requests": options.requests}))  # fmt: skip
-    base = load_config(CONFIG)
+    options.out.mkdir(exist_ok=True)
+    here = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=here
+    )
+    print(
+        f"commit {commit.stdout.strip()}, {options.policy}, {options.rate} requests/s, seeds 1-{options.seeds}",
+        flush=True,
+    )
+    base = varied(load_config(CONFIG), policy=options.policy, rate_rps=options.rate)
     base = msgspec.structs.replace(base, workload=msgspec.structs.replace(base.workload, requests=options.requests))
-    for label, policy, lengths, functional in cases(options.only):
-        runs = [
-            run(msgspec.structs.replace(varied(base, policy=policy, rate_rps=options.rate, seed=seed), lengths=lengths), functional)
-            for seed in options.seeds
-        ]  # fmt: skip
-        mean = {name: round(float(np.mean([one[name] for one in runs])), 3) for name in runs[0]}
-        print(json.dumps({"case": label, **mean}), flush=True)
+    name = f"length-functionals-{options.policy.replace(':', '-')}.csv"
+    with (options.out / name).open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["case", *FIGURES, "cpu_us_a_request", "capacity_rps"])
+        for label, known in cases(options.lengths):
+            started = time.process_time()
+            runs = [run(varied(base, seed=seed), known) for seed in range(1, options.seeds + 1)]
+            each_us = (time.process_time() - started) / options.seeds / options.requests * 1e6
+            row: list[str] = [f"{np.mean([getattr(one, figure) for one in runs]):.3f}" for figure in FIGURES]
+            held = ""
+            if options.capacity:
+                found = find_capacity(
+                    base, parse_criterion("ttft_p99<=3"), range(1, options.seeds + 1),
+                    lambda configs, known=known: [run(config, known) for config in configs], start_rps=30.5,
+                )  # fmt: skip
+                held = f"{found.capacity_rps:.2f}"
+            table.writerow([label, *row, f"{each_us:.0f}", held])
+            file.flush()
+            print(f"{label:32}", *(f"{cell:>9}" for cell in row), f"{each_us:7.0f} us", held, flush=True)
 
 
 if __name__ == "__main__":

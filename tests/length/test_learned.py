@@ -11,7 +11,8 @@ from block.core import Request
 from block.errors import BadInputError
 from block.length.learned import LearnedEstimator
 from block.length.model import LengthModel, load_model
-from block.length.scores import TELLERS, cross_validate, noise_floor, score, tell_learned
+from block.length.report import report
+from block.length.scores import TELLERS, cross_validate, hindsight, noise_floor, score, tell_learned
 from block.length.table import make_estimator
 
 pytest.importorskip("lightgbm", reason="training needs LightGBM: pip install 'block-llm[length]'")
@@ -226,6 +227,30 @@ def test_the_noise_floor_is_what_repeats_differ_by() -> None:
     assert floor.cv == pytest.approx(0.3, abs=0.06)
     assert floor.mae_best_tokens < floor.mae_tokens < floor.mae_constant_tokens
     assert noise_floor(prompts[:10]) is None
+
+
+def test_the_reachable_gain_is_what_other_answers_to_the_prompt_tell() -> None:
+    rng = np.random.default_rng(1)
+    prompts = made_up(80, seed=4, noise=0.6)
+    answers = [
+        msgspec.structs.replace(r, model=m, output_tokens=round(r.output_tokens * f * rng.lognormal(0.0, 0.1)) + 1)
+        for r in prompts
+        for m, f in (("a", 1.0), ("b", 3.0), ("c", 0.5))
+    ]
+    true = np.array([float(r.output_tokens) for r in answers])
+    hints = hindsight(answers)
+    assert np.isfinite(hints).all()
+    assert np.abs(np.log(hints / true)).mean() < 0.2
+    told = cross_validate(answers, {"constant": TELLERS["constant"]}, folds=2)
+    told["hindsight"] = np.repeat(hints[:, None], 3, axis=1)
+    by_model = {one.name: one for one in report(answers, told)}
+    assert set(by_model) == {"made-up / a", "made-up / b", "made-up / c", "made-up / all"}
+    for one in by_model.values():
+        assert one.reachable is not None
+        assert one.reachable > 0.7
+        assert one.reached["hindsight"] == pytest.approx(1.0)
+        assert one.reached["constant"] == 0.0
+    assert np.isnan(hindsight(prompts[:10])).all()
 
 
 def test_the_shipped_model_knows_a_word_from_an_essay() -> None:

@@ -46,6 +46,8 @@ def test_eval_prints_tables_for_people(log: Path) -> None:
     shown = run("eval", str(log), "--folds", "2", "--rounds", "10").stdout
     assert "unseen prompts" in shown
     assert "constant mean" in shown
+    assert shown.count("made-up") == 0
+    assert shown.count("log / m") >= 2  # in both tables: every served model against every baseline
 
 
 def test_predict_reads_messages_from_standard_input_and_has_a_shipped_model() -> None:

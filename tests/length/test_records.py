@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from block.errors import BadInputError
-from block.length.records import prompt_key, read_log
+from block.length.features import DENSE_NAMES, features_of
+from block.length.records import features_row, prompt_key, read_log
 from block.length.sets import read_records
 
 
@@ -50,6 +51,31 @@ def test_a_log_gives_model_text_limit_and_length(tmp_path: Path, name: str) -> N
 def test_a_log_that_cannot_be_used_is_one_sentence(tmp_path: Path, rows: list[object], message: str) -> None:
     with pytest.raises(BadInputError, match=message):
         read_records([write_lines(tmp_path / "log.jsonl", rows)])
+
+
+def test_a_row_may_hold_features_instead_of_a_prompt(tmp_path: Path) -> None:
+    features = features_of("Write an essay about the sea", 300)
+    row = {"model": "m", "output_tokens": 9, "features": features_row(features), "prompt_hash": "ab12"}
+    (record,) = read_records([write_lines(tmp_path / "log.jsonl", [row])])
+    assert record.features is not None
+    assert record.features.dense == pytest.approx(features.dense, abs=1e-3)
+    assert record.features.words.tolist() == features.words.tolist()
+    assert (record.text, record.key, record.has_prompt) == ("", "ab12", True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layout": 1}, {"dense": [1.0]}, {"dense": ["x"]}, {"words": [10**6]}, {"words": [-1]}, {"words": "no"},
+        {"dense": [float("nan")] * len(DENSE_NAMES)},
+    ],
+)  # fmt: skip
+def test_features_of_another_version_or_damaged_ones_are_one_sentence(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    row = {"output_tokens": 9, "features": features_row(features_of("Hi")) | change}
+    with pytest.raises(BadInputError, match=r"line 1 (cannot be understood|is not JSON)"):
+        read_records([write_lines(tmp_path / "log.jsonl", [row])])
 
 
 def test_what_does_not_exist_or_is_no_archive_is_one_sentence(tmp_path: Path) -> None:

@@ -75,11 +75,47 @@ def test_a_megabyte_costs_no_more_than_a_page() -> None:
         ("Answer in one word", 1.3),
         ("Who wrote the word first?", None),
         ("List 5 words that rhyme", None),
+        ("Summarize the text in a sentence: it rained.", 22),
+        ("Write a short paragraph about rain", 85),
+        ("A sentence follows.", None),
+        ("Describe rain in 100-150 words.", 195),
     ],
 )
 def test_a_length_that_the_prompt_asks_for_is_understood(text: str, tokens: float | None) -> None:
     asked = features_of(text).dense[ASKED]
     assert asked == ABSENT if tokens is None else np.exp(asked) == pytest.approx(tokens, rel=1e-3)
+
+
+def dense_of(text: str) -> dict[str, float]:
+    return dict(zip(DENSE_NAMES, features_of(text).dense.tolist(), strict=True))
+
+
+def test_what_is_to_be_worked_on_is_told_from_the_instruction() -> None:
+    bare, long = dense_of("Translate to French."), dense_of("Translate to French:\n" + "the sea is wide " * 40)
+    assert bare["payload_words"] == ABSENT
+    assert np.expm1(long["payload_words"]) == pytest.approx(160, abs=2)
+    assert long["instruction_words"] == pytest.approx(bare["instruction_words"], abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "feature"),
+    [
+        ("Is it raining? Answer yes or no.", "terse"),
+        ("Classify the review. Output only the label, no explanation.", "terse"),
+        ("Which of these is a fruit?", "terse"),
+        ("Solve it step by step and explain your reasoning", "expansive"),
+        ("Use no more than 50 words", "bound"),
+        ("Answer in JSON", "structured"),
+    ],
+)
+def test_how_an_answer_is_to_look_is_a_feature(text: str, feature: str) -> None:
+    assert dense_of(text)[feature] >= 1
+    assert dense_of("Why is the sky blue?")[feature] == 0
+
+
+def test_a_haiku_is_shorter_than_an_essay() -> None:
+    assert dense_of("Write a haiku")["form"] < dense_of("Write a sonnet")["form"] < dense_of("Write an essay")["form"]
+    assert dense_of("Why?")["form"] == ABSENT
 
 
 def test_earlier_turns_are_features() -> None:

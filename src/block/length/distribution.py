@@ -15,6 +15,7 @@ A gateway asks about all requests of a snapshot at once; `DistributionBank.expec
 (row, tokens generated, cap). Row ``EXACT`` is no distribution but a number: the cap itself.
 """
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -121,6 +122,25 @@ class DistributionBank:
         whole: Ints = x.astype(np.int32)
         return whole
 
+    def quantile(self, q: float, row: int, generated: int, cap: int) -> float:
+        """The same for one request, in a hundredth of the time."""
+        if row == EXACT:
+            return float(max(cap if generated < cap else generated + OUTLIVED_TOKENS, generated + 1))
+        survival = self._survival[row]
+        at = survival.item
+        target = (self._at_one(row, min(generated, _LAST))[0] if generated > 0 else 1.0) * (1.0 - q)
+        low, high = 0, len(EDGES) - 1
+        while high - low > 1:
+            middle = (low + high) >> 1
+            if at(middle) > target:
+                low = middle
+            else:
+                high = middle
+        s_low, s_high = at(low), at(low + 1)
+        into = min(max((s_low - target) / max(s_low - s_high, _TINY), 0.0), 1.0)
+        left, right = _EDGES.item(low), _EDGES.item(low + 1)
+        return float(max(min(math.ceil(left + into * (right - left) - 1e-9), cap), generated + 1))
+
     def totals(
         self, functional: Functional, rows: Ints, generated: Ints, caps: Ints, rng: np.random.Generator | None = None
     ) -> Ints:
@@ -168,7 +188,7 @@ class Estimate:
 
     def quantile(self, q: float, generated: int = 0) -> float:
         """The q-quantile (0-1) of the total output tokens given that it outlived ``generated``."""
-        return float(self.bank.quantiles(q, *self._arrays(generated))[0])
+        return self.bank.quantile(q, self.row, max(generated, 0), self.cap)
 
     def capped(self, max_tokens: int | None = None, context_left: int | None = None) -> "Estimate":
         """The same distribution cut at the client's ``max_tokens`` and the tokens left in the context."""
@@ -178,13 +198,6 @@ class Estimate:
     def __repr__(self) -> str:
         p10, p50, p90 = (int(self.quantile(q)) for q in (0.1, 0.5, 0.9))
         return f"Estimate({p10}-{p50}-{p90} tokens, cap {self.cap}, {self.source or 'row'} {self.row})"
-
-    def _arrays(self, generated: int) -> tuple[Ints, Ints, Ints]:
-        return (
-            np.array([self.row], dtype=np.int32),
-            np.array([max(generated, 0)], dtype=np.int32),
-            np.array([self.cap], dtype=np.int32),
-        )
 
 
 def _known(caps: Ints, generated: Ints) -> Ints:

@@ -43,11 +43,58 @@ _UNIT_OF = {form: unit for unit, words in UNITS.items() for word in words for fo
 _TOKENS_OF_ONE = {"words": 1.3, "sentences": 22.0, "paragraphs": 85.0, "lines": 11.0, "pages": 400.0}
 """Tokens of one unit, roughly, in the public sets (experiments/ship_lengths.py names them)."""
 
+_FORMS = {
+    "haiku": 20, "slogan": 10, "headline": 14, "title": 10, "tweet": 40, "caption": 25, "limerick": 50, "quatrain": 40,
+    "sonnet": 150, "poem": 170, "paragraph": 110, "summary": 90, "email": 190, "letter": 260, "essay": 550,
+    "article": 550, "story": 450, "blog": 600, "speech": 450, "dialogue": 300, "recipe": 320, "outline": 300,
+    "table": 150, "plan": 350, "itinerary": 400, "script": 400, "proposal": 550, "report": 550, "song": 280, "lyrics": 280,
+}  # fmt: skip
+"""Forms of text and roughly how many tokens one has."""
+
+_PHRASES = {
+    "terse": (
+        " one word ", " single word ", " 1 word ", " two words ", " yes or no ", " yes no ", " true or false ",
+        " only the ", " only a ",
+        " only one ", " only with ", " just the ", " just a ", " just one ", " just with ", " no explanation", " no other ",
+        " no additional ", " nothing else ", " without explanation", " without any expla", " which of the ", " which of these ",
+    ),
+    "expansive": (
+        " step by step ", " in detail ", " in great detail ", " in more detail ", " as long as ", " as much ", " as many ",
+        " as detailed as ", " at least ", " minimum ", " pros and cons ", " show your work", " show the work", " explain your ",
+        " explain why ", " explain how ", " for each ", " with example",
+    ),
+    "bound": (
+        " at most ", " no more than ", " not more than ", " up to ", " less than ", " fewer than ", " under ", " within ",
+        " maximum ", " limit ",
+    ),
+    "structured": (" json ", " csv ", " xml ", " yaml ", " markdown ", " latex ", " html ", " table ", " tables ", " bullet"),
+}  # fmt: skip
+"""Ways to say how an answer shall look, in text without punctuation."""
+
 _ASKING = {
     "a", "an", "about", "approximately", "around", "at", "exactly", "in", "least", "maximum", "minimum", "most", "of",
     "only", "over", "roughly", "than", "to", "under", "up", "using", "with", "within", "write",
 }  # fmt: skip
 """Words before an amount that make it one of the answer ("in 200 words", "a ten line poem")."""
+
+_HEAD_CHARS = 300
+"""An instruction ends with a line or a colon within so many characters, where what it is about follows."""
+
+_ASKING_ONE = {
+    "in",
+    "write",
+    "with",
+    "create",
+    "compose",
+    "generate",
+    "as",
+    "give",
+    "using",
+    "construct",
+    "form",
+    "into",
+}
+_WHOLE = {"sentence", "paragraph", "word", "line", "page", "stanza", "verse"}
 
 _NUMBERS = {
     "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
@@ -87,6 +134,7 @@ _INDENTED = re.compile(r"(?m)^(?: {4}|\t)\S")
 DENSE_NAMES: tuple[str, ...] = (
     "chars", "words", "lines", "mean_word", "unseen_chars", "questions", "ends_question", "fences", "symbols", "digits",
     "capitals", "foreign", "wide", "bullets", "options", "indented", "braces", "quotes", "colon_end", "pictures",
+    "payload_chars", "payload_words", "instruction_words", "terse", "expansive", "bound", "structured", "form",
     "turns", "system_chars", "answer_chars", "last_answer_chars", "first_prompt_chars", "max_tokens",
     *(f"n_{unit}" for unit in UNITS), "number_max", "numbers", "asked", *(f"cue_{name}" for name in CUES),
     *(f"start_{name}" for name in CUES),
@@ -110,7 +158,7 @@ def features_of(text: str, max_tokens: int | None = None) -> Features:
     last = next((content for role, content in reversed(spoken) if role not in ("assistant", "system")), spoken[-1][1])
     seen = clipped(last, SEEN_CHARS)
     words = _WORD.findall(seen.lower())
-    values = _shape(last, seen, words) + _conversation(spoken) + [_log(max_tokens)]
+    values = _shape(last, seen, words) + _task(seen, words) + _conversation(spoken) + [_log(max_tokens)]
     values += _counts(words) + _cues(words)
     return Features(np.array(values, dtype=np.float32), _hashed(words))
 
@@ -149,6 +197,22 @@ def _shape(last: str, seen: str, words: list[str]) -> list[float]:
     ]
 
 
+def _task(seen: str, words: list[str]) -> list[float]:
+    """What kind of task it is: how much there is to work on, how tersely or at what length it is to be answered."""
+    ends = [at for at in (seen.find("\n", 3, _HEAD_CHARS), seen.find(": ", 3, _HEAD_CHARS)) if at > 0]
+    payload = seen[min(ends) + 1 :].strip() if ends else ""
+    payload_words = len(payload.split()) if payload else 0
+    told = f" {' '.join(words if len(words) <= 150 else words[:110] + words[-40:])} "
+    forms = [tokens for form, tokens in _FORMS.items() if form in told]
+    return [
+        _log(len(payload)) if payload else ABSENT,
+        _log(payload_words) if payload else ABSENT,
+        _log(max(len(words) - payload_words, 0)),
+        *(float(sum(phrase in told for phrase in phrases)) for phrases in _PHRASES.values()),
+        math.log(max(forms)) if forms else ABSENT,
+    ]
+
+
 def _conversation(spoken: list[tuple[str, str]]) -> list[float]:
     answers = [len(content) for role, content in spoken if role == "assistant"]
     asked = [len(content) for role, content in spoken if role == "user"]
@@ -167,12 +231,14 @@ def _counts(words: list[str]) -> list[float]:
     amounts = dict.fromkeys(UNITS, ABSENT)
     asked = 0.0
     numbers = [(place, number) for place, word in enumerate(words) if (number := _number(word)) is not None]
+    if not _WHOLE.isdisjoint(words):
+        numbers += [(place, 1.0) for place, word in enumerate(words) if word == "a" and _one_of(words, place)]
     for place, number in numbers[:16]:
         for word in words[place + 1 : place + 4]:
             unit = _UNIT_OF.get(word)
             if unit is not None:
                 amounts[unit] = math.log1p(number)
-                if place and words[place - 1] in _ASKING:
+                if place and (words[place - 1] in _ASKING or _number(words[place - 1]) is not None):
                     asked = max(asked, min(number, 20_000.0) * _TOKENS_OF_ONE.get(unit, 0.0))
                 break
     largest = max((number for _, number in numbers), default=None)
@@ -182,6 +248,12 @@ def _counts(words: list[str]) -> list[float]:
         float(len(numbers)),
         math.log(asked) if asked >= 1.0 else ABSENT,
     ]
+
+
+def _one_of(words: list[str], place: int) -> bool:
+    """Whether "a" at this place stands for one of the answer's units: "in a sentence", "write a short paragraph"."""
+    before = words[place - 1] if place else ""
+    return before in _ASKING_ONE and any(word in _WHOLE for word in words[place + 1 : place + 3])
 
 
 def _number(word: str) -> float | None:

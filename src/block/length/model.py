@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from block.errors import BadInputError
 from block.length.distribution import Floats
 from block.length.family import Family
-from block.length.features import ABSENT, ASKED, DENSE_NAMES, HASH_SIZE, features_of
+from block.length.features import ABSENT, ASKED, DENSE_NAMES, HASH_SIZE, Features, features_of
 from block.length.trees import Trees
 
 FORMAT = "block-length"
@@ -104,7 +104,10 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
 
     def place(self, text: str, max_tokens: int | None, model: str) -> Place:
         """Where the answer to ``text`` lies. Bounded work; raises nothing whatever the text."""
-        features = features_of(text, max_tokens)
+        return self.place_features(features_of(text, max_tokens), text, model)
+
+    def place_features(self, features: Features, text: str, model: str) -> Place:
+        """The same from features; ``text`` is read by an encoder alone."""
         known = self.served.get(model)
         served = known or self.unknown
         rarity = self.rarity[features.words]

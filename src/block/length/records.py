@@ -2,21 +2,28 @@
 
 import gzip
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from block.errors import BadInputError
+from block.length.features import DENSE_NAMES, HASH_SIZE, Features
 from block.length.text import request_text
+
+LAYOUT = zlib.crc32(" ".join(DENSE_NAMES).encode()) ^ HASH_SIZE
+"""Tells the features of one version of Block from those of another."""
 
 TOKENS_PER_WORD = 1.3
 """English text, today's tokenizers; used only where a record counts no tokens."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """One finished request. ``truncated``: it ended because it reached ``max_tokens``."""
+    """One finished request. ``truncated``: it ended because it reached ``max_tokens``. Where the prompt itself was not kept,
+    ``text`` is empty and ``features`` and ``prompt_hash`` stand for it, or nothing does."""
 
     text: str
     output_tokens: int
@@ -24,6 +31,17 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     client: str | None = None
     dataset: str = ""
+    features: Features | None = None
+    prompt_hash: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What tells its prompt from others."""
+        return prompt_key(self.text) if self.prompt_hash is None else self.prompt_hash
+
+    @property
+    def has_prompt(self) -> bool:
+        return bool(self.text) or self.features is not None
 
     @property
     def truncated(self) -> bool:
@@ -61,7 +79,10 @@ def read_log(path: Path) -> Iterator[Record]:
             raise BadInputError(f"{path}, line {number} is not JSON: {error}.") from error
         if not isinstance(row, dict):
             raise BadInputError(f"{path}, line {number} is not a JSON object.")
-        record = _of_row(row, dataset=path.name.split(".")[0])
+        try:
+            record = _of_row(row, dataset=path.name.split(".")[0])
+        except (TypeError, ValueError, KeyError) as error:
+            raise BadInputError(f"{path}, line {number} cannot be understood: {error}.") from error
         if record is not None:
             found += 1
             yield record
@@ -83,7 +104,26 @@ def _of_row(row: dict[str, Any], dataset: str) -> Record | None:
         max_tokens=int(cap) if isinstance(cap, int | float) and not isinstance(cap, bool) and cap >= 1 else None,
         client=str(row["client"]) if row.get("client") else None,
         dataset=dataset,
+        features=_features(row["features"]) if row.get("features") else None,
+        prompt_hash=str(row["prompt_hash"]) if row.get("prompt_hash") else None,
     )
+
+
+def _features(row: Any) -> Features:
+    if row.get("layout") != LAYOUT:
+        raise ValueError("its features are of another version of Block")
+    dense, words = np.array(row["dense"], dtype=np.float32), np.array(row["words"], dtype=np.int32)
+    if dense.shape != (len(DENSE_NAMES),) or words.ndim != 1 or not np.isfinite(dense).all():
+        raise ValueError("its features are damaged")
+    if len(words) and not 0 <= words.min() <= words.max() < HASH_SIZE:
+        raise ValueError("its features are damaged")
+    return Features(dense, words)
+
+
+def features_row(features: Features) -> dict[str, Any]:
+    """Features as a log keeps them."""
+    dense = [round(float(one), 4) for one in features.dense]
+    return {"layout": LAYOUT, "dense": dense, "words": features.words.tolist()}
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -8,10 +8,10 @@ import msgspec
 import numpy as np
 from rich.table import Table
 
-from block.length.distribution import Estimate
+from block.length.distribution import Estimate, Floats
 from block.length.grid import EDGES
 from block.length.records import Record
-from block.length.scores import Floor, Score, Told, groups, noise_floor, score
+from block.length.scores import Floor, Score, Told, groups, hindsight, noise_floor, score
 
 CONSTANT, CONSTANT_MEAN = "constant", "constant mean"
 
@@ -19,7 +19,9 @@ CONSTANT, CONSTANT_MEAN = "constant", "constant mean"
 class GroupReport(msgspec.Struct, frozen=True):
     """One group of records: the scores of each estimator and the noise floor (``None``: no prompt repeats).
 
-    ``gains``: of each estimator over the constant baselines, as fractions of their error.
+    ``gains``: of each estimator over the constant baselines, as fractions of their error. ``reachable``: how far below
+    the constant median's error the prompt's other answers would get (`scores.hindsight`), as a fraction; ``reached``: each
+    estimator's share of that, on the same records.
     """
 
     name: str
@@ -28,6 +30,8 @@ class GroupReport(msgspec.Struct, frozen=True):
     scores: dict[str, Score]
     gains: dict[str, dict[str, float]]
     floor: Floor | None
+    reachable: float | None
+    reached: dict[str, float]
 
 
 def report(records: Sequence[Record], told: Mapping[str, Told], *, by_model: bool = True) -> list[GroupReport]:
@@ -39,23 +43,44 @@ def report(records: Sequence[Record], told: Mapping[str, Told], *, by_model: boo
     parts |= {f"{name} / all": np.array(rows) for name, rows in sorted(by_set.items()) if f"{name} / all" not in parts}
     if len(by_set) > 1:
         parts["all"] = np.arange(len(records))
+    hints = np.full(len(records), np.nan)
+    for rows in by_set.values():
+        hints[rows] = hindsight([records[i] for i in rows])
     return [
-        _group(name, [records[int(i)] for i in rows], {n: t[rows] for n, t in told.items()})
+        _group(name, [records[int(i)] for i in rows], {n: t[rows] for n, t in told.items()}, hints[rows])
         for name, rows in parts.items()
     ]
 
 
-def _group(name: str, records: list[Record], told: dict[str, Told]) -> GroupReport:
+def _group(name: str, records: list[Record], told: dict[str, Told], hints: Floats) -> GroupReport:
     true = np.array([float(r.output_tokens) for r in records])
     scores = {estimator: score(quantiles, true) for estimator, quantiles in told.items()}
+    reachable, reached = _reach(true, told, hints)
     return GroupReport(
         name=name,
         records=len(records),
-        prompts=len({r.text for r in records}),
+        prompts=len({r.key for r in records}),
         scores=scores,
         gains={estimator: _gains(one, scores) for estimator, one in scores.items()},
         floor=noise_floor(records),
+        reachable=reachable,
+        reached=reached,
     )
+
+
+def _reach(true: Floats, told: dict[str, Told], hints: Floats) -> tuple[float | None, dict[str, float]]:
+    seen = np.isfinite(hints)
+    if CONSTANT not in told or not seen.any():
+        return None, {}
+    constant = float(np.abs(told[CONSTANT][seen, 1] - true[seen]).mean())
+    room = constant - float(np.abs(hints[seen] - true[seen]).mean())
+    if constant <= 0 or room <= 0:
+        return None, {}
+    shares = {
+        name: (constant - float(np.abs(quantiles[seen, 1] - true[seen]).mean())) / room
+        for name, quantiles in told.items()
+    }
+    return room / constant, shares
 
 
 def _gains(one: Score, scores: dict[str, Score]) -> dict[str, float]:
@@ -73,7 +98,7 @@ def report_tables(reports: Sequence[GroupReport], estimator: str) -> list[Table]
     """Two tables: the estimator by group against the constants and the floor; all estimators over the sets."""
     table = Table(title=f"{estimator}: unseen prompts, lengths in tokens", caption=_CAPTION)
     for head in ("set / served model", "records", "mean", "MAE", "MAE/mean", "med. rel. err.", "pinball", "cover",
-                 "rank", "MAE vs mean", "vs median", "pinball vs constant", "floor MAE", "CV"):  # fmt: skip
+                 "rank", "MAE vs mean", "vs median", "pinball vs constant", "floor MAE", "CV", "reachable", "reached"):  # fmt: skip
         table.add_column(head, justify="left" if head == "set / served model" else "right")
     for one in reports:
         s, gains, floor = one.scores[estimator], one.gains[estimator], one.floor
@@ -83,25 +108,33 @@ def report_tables(reports: Sequence[GroupReport], estimator: str) -> list[Table]
             "-" if s.rank_correlation is None else f"{s.rank_correlation:.2f}", _gain(gains, "mae_vs_mean"),
             _gain(gains, "mae_vs_median"), _gain(gains, "pinball_vs_quantiles"),
             "-" if floor is None else f"{floor.mae_tokens:.1f}", "-" if floor is None else f"{floor.cv:.2f}",
+            "-" if one.reachable is None else f"{-one.reachable:+.0%}",
+            "-" if one.reachable is None else f"{one.reached[estimator]:.0%}",
         )  # fmt: skip
-    return [table, _comparison([one for one in reports if one.name == "all" or one.name.endswith("/ all")])]
+    return [table, _comparison(reports)]
 
 
 _CAPTION = (
     "cover: share within the 80 % interval; vs: how much lower than the constant mean, the constant median and the "
-    "constant quantiles of the same served model; floor: error of the median of a prompt's other answers"
+    "constant quantiles of the same served model; floor: error of the median of a prompt's other answers; reachable: how far "
+    "below the constant median a prompt's other answers would get (of other models, if need be); reached: the share of that"
 )
 
 
 def _comparison(reports: Sequence[GroupReport]) -> Table:
-    table = Table(title="estimators and baselines: MAE / mean pinball, tokens")
-    table.add_column("set")
+    table = Table(title="estimators and baselines: MAE / mean pinball, tokens; cover; rank")
+    table.add_column("set / served model")
     estimators = list(reports[0].scores) if reports else []
     for estimator in estimators:
         table.add_column(estimator, justify="right")
     for one in reports:
-        table.add_row(one.name, *(f"{s.mae_tokens:.1f} / {s.pinball_tokens:.1f}" for s in one.scores.values()))
+        table.add_row(one.name, *(_brief(s) for s in one.scores.values()))
     return table
+
+
+def _brief(s: Score) -> str:
+    rank = "" if s.rank_correlation is None else f"; {s.rank_correlation:.2f}"
+    return f"{s.mae_tokens:.1f} / {s.pinball_tokens:.1f}; {s.coverage_80_fraction:.0%}{rank}"
 
 
 def _gain(gains: Mapping[str, float], name: str) -> str:

@@ -14,14 +14,17 @@ from numpy.typing import NDArray
 from block.core import Request
 from block.length.distribution import DistributionBank, Floats
 from block.length.grid import TOKENS_MAX
-from block.length.model import Placer
-from block.length.records import Record, prompt_key
+from block.length.model import LengthModel, Place, Placer
+from block.length.records import Record
 from block.length.simple import HistoryEstimator
 from block.length.train import fit, fold_of
 
 QUANTILES = (0.1, 0.5, 0.9)
 Told = NDArray[np.float64]
 """Quantiles told for n records, (n, 3): 10, 50 and 90 %."""
+
+HINTS_MIN = 20
+"""Records of a served model whose prompt has other answers, for `hindsight` to say something."""
 
 Teller = Callable[[Sequence[Record]], Told]
 
@@ -75,11 +78,17 @@ def tell_learned(model: Placer) -> Teller:
     first = bank.extend(model.family.survivals())
 
     def tell(records: Sequence[Record]) -> Told:
-        places = [model.place(r.text, r.max_tokens, r.model) for r in records]
+        places = [_place(model, r) for r in records]
         rows = np.array([first + model.family.row(at.location, at.scale) for at in places], dtype=np.int32)
         return _asked(bank, rows, records)
 
     return tell
+
+
+def _place(model: Placer, record: Record) -> Place:
+    if record.features is not None and isinstance(model, LengthModel):
+        return model.place_features(record.features, record.text, record.model)
+    return model.place(record.text, record.max_tokens, record.model)
 
 
 def tell_constant(train: Sequence[Record], point: str = "quantiles") -> Teller:
@@ -141,7 +150,7 @@ def cross_validate(
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Told]:
     """What each estimator tells of every record when trained on the other folds. Shapes (n, 3), records' order."""
-    fold = np.array([fold_of(r.text, folds) for r in records])
+    fold = np.array([fold_of(r.key, folds) for r in records])
     told = {name: np.zeros((len(records), 3)) for name in tellers}
     for k in range(folds):
         train = [r for r, f in zip(records, fold, strict=True) if f != k]
@@ -183,7 +192,7 @@ def noise_floor(records: Sequence[Record]) -> Floor | None:
     """The floor of these records; ``None`` when no prompt was answered twice by one model."""
     answers: dict[tuple[str, str], list[float]] = defaultdict(list)
     for r in records:
-        answers[r.model, prompt_key(r.text)].append(float(r.output_tokens))
+        answers[r.model, r.key].append(float(r.output_tokens))
     medians = {model: float(np.median(own)) for model, own in _by_model(records).items()}
     repeated = [(model, np.array(own)) for (model, _), own in answers.items() if len(own) > 1]
     if not repeated:
@@ -198,6 +207,38 @@ def noise_floor(records: Sequence[Record]) -> Floor | None:
         mae_best_tokens=float(np.concatenate([np.abs(np.median(own) - own) for _, own in repeated]).mean()),
         mae_constant_tokens=float(np.concatenate([np.abs(medians[model] - own) for model, own in repeated]).mean()),
     )
+
+
+def hindsight(records: Sequence[Record]) -> Floats:
+    """What the other answers to the same prompt tell of each record's length, (n,); NaN where there are none.
+
+    Of the same served model where it answered the prompt several times, else of the other models. Per served model the
+    log-length is regressed on the mean log of those answers (each over its model's median), so that a noisy hint is not
+    taken at its word. No estimator that sees only prompts can be expected to do better; what lies between this and the
+    constant is the reachable gain.
+    """
+    logs = np.log([r.output_tokens for r in records])
+    models = sorted({r.model for r in records})
+    model = np.array([models.index(r.model) for r in records])
+    offset = np.array([np.median(logs[model == m]) for m in range(len(models))])
+    over = logs - offset[model]
+    prompts: dict[str, list[int]] = defaultdict(list)
+    for i, r in enumerate(records):
+        prompts[r.key].append(i)
+    hint = np.full(len(records), np.nan)
+    for rows in map(np.array, prompts.values()):
+        for i in rows if len(rows) > 1 else ():
+            same = rows[(model[rows] == model[i]) & (rows != i)]
+            others = same if len(same) else rows[model[rows] != model[i]]
+            if len(others):
+                hint[i] = over[others].mean()
+    told = np.full(len(records), np.nan)
+    for m in range(len(models)):
+        own = np.flatnonzero((model == m) & np.isfinite(hint))
+        if len(own) >= HINTS_MIN and np.ptp(hint[own]) > 0:
+            slope, start = np.polyfit(hint[own], over[own], 1)
+            told[own] = np.exp(offset[m] + start + slope * hint[own])
+    return told
 
 
 def _by_model(records: Sequence[Record]) -> dict[str, Floats]:

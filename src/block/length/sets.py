@@ -35,7 +35,7 @@ def read_records(paths: Iterable[Path], *, model: str = "") -> list[Record]:
 def _read(path: Path, model: str) -> Iterator[Record]:
     if path.is_dir() and not (path / "model_answer").is_dir():
         for child in sorted(path.iterdir()):
-            if child.is_dir() or child.name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz", ".tar.gz")):
+            if child.is_dir() or ".jsonl" in child.name or child.name.endswith((".json", ".json.gz", ".tar.gz")):
                 yield from _read(child, model)
         return
     try:

@@ -21,6 +21,15 @@ MODELS_SCORED_MAX = 64
 """Served models whose accuracy is kept apart; the one silent longest is forgotten first."""
 
 
+READINGS = {
+    "block_length_estimates_total": "Estimates of output lengths by where they came from: learned, history, prior ...",
+    "block_length_error_tokens": "Mean absolute error of expected output tokens, over some 500 finished requests.",
+    "block_length_bias_tokens": "Expected minus true output tokens, over some 500 finished requests.",
+    "block_length_coverage_fraction": "Finished requests within their 80 % interval, of some 500.",
+}
+"""What `Estimator.readings` tells of, by metric."""
+
+
 class Reading(NamedTuple):
     """One figure for the metrics: a counter where the name ends in ``_total``, else a gauge."""
 
@@ -75,7 +84,7 @@ class Estimator:
                 ("block_length_coverage_fraction", accuracy.coverage_fraction),
             ):
                 if value is not None:
-                    yield Reading(name, {"model_name": model}, value)
+                    yield Reading(name, {"model": model}, value)
 
     def _row_for(self, request: Request) -> Estimate:
         raise NotImplementedError

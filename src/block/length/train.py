@@ -63,11 +63,12 @@ def tabulate(records: Sequence[Record], encoder: TextEncoder | None = None) -> T
 
     seen: dict[tuple[str, int | None], Features] = {}
     for r in records:
-        if (r.text, r.max_tokens) not in seen:
+        if r.features is None and (r.text, r.max_tokens) not in seen:
             seen[r.text, r.max_tokens] = features_of(r.text, r.max_tokens)
-    rows = [seen[r.text, r.max_tokens] for r in records]
-    keys = {text: prompt_key(text) for text in {r.text for r in records}}
-    prompts = {key: place for place, key in enumerate(sorted(set(keys.values())))}
+    rows = [seen[r.text, r.max_tokens] if r.features is None else r.features for r in records]
+    by_text = {text: prompt_key(text) for text in {r.text for r in records}}
+    keys = [by_text[r.text] if r.prompt_hash is None else r.prompt_hash for r in records]
+    prompts = {key: place for place, key in enumerate(sorted(set(keys)))}
     models = {name: place for place, name in enumerate(sorted({r.model for r in records}))}
     starts = np.cumsum([0] + [len(row.words) for row in rows])
     ones = np.ones(starts[-1], dtype=np.float32)
@@ -79,8 +80,8 @@ def tabulate(records: Sequence[Record], encoder: TextEncoder | None = None) -> T
         truncated=np.array([r.truncated for r in records]),
         model=np.array([models[r.model] for r in records]),
         models=list(models),
-        prompt=np.array([prompts[keys[r.text]] for r in records]),
-        fold=np.array([fold_of(r.text, salt="inner") for r in records]),
+        prompt=np.array([prompts[key] for key in keys]),
+        fold=np.array([fold_of(key, salt="inner") for key in keys]),
     )
 
 
@@ -93,6 +94,11 @@ def fit(
         BadInputError: fewer than ``RECORDS_MIN`` records, or too few different prompts.
         ConfigError: LightGBM is not installed.
     """
+    given, records = len(records), [r for r in records if r.has_prompt]
+    if given >= RECORDS_MIN and not records:
+        raise BadInputError(
+            "The records hold no prompts to learn from: log them with `block serve --log-prompts features`."
+        )
     if len(records) < RECORDS_MIN:
         raise BadInputError(f"{len(records)} records are too few to train on: at least {RECORDS_MIN} are needed.")
     table = tabulate(records, encoder)
