@@ -19,6 +19,16 @@ class Slo(msgspec.Struct, frozen=True):
     e2e_s: float | None = None
 
 
+class PromptBlocks(msgspec.Struct, frozen=True):
+    """Identity of a prompt's content in blocks of ``tokens``: equal as far as two prompts agree.
+
+    Each key stands for its block and all before it, so that equal keys mean equal beginnings.
+    """
+
+    tokens: int
+    keys: tuple[int, ...]
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What a client sent, and nothing that only the future knows (law L7).
 
@@ -37,6 +47,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     session: str | None = None
     client: str | None = None  # the application that sent it, where known: an API key's name or the user field
     prompt: str | None = None  # for the length estimator; never logged
+    blocks: PromptBlocks | None = None  # what its prompt shares with others; ``None``: nothing, or not looked at
 
 
 class LengthEstimate(Protocol):
@@ -66,7 +77,8 @@ class Load(msgspec.Struct, frozen=True):
 
     ``waiting_tokens`` sums the prompt tokens of waiting requests; ``unprocessed_tokens`` sums prompt + expected
     output - computed over all requests present; ``dispatched_last_minute`` counts what this gateway sent.
-    KV blocks are ``None`` where the source does not know them (which is not zero).
+    KV blocks are ``None`` where the source does not know them (which is not zero). ``prefill_tokens_per_s``: of full steps of
+    prompts, by the instance's step times, where they are known.
     """
 
     running: int
@@ -79,6 +91,7 @@ class Load(msgspec.Struct, frozen=True):
     kv_blocks_total: int | None = None
     block_size: int = 16
     age_s: float = 0.0
+    prefill_tokens_per_s: float | None = None
 
 
 class Prediction(msgspec.Struct, frozen=True):
@@ -99,11 +112,12 @@ class Prediction(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One instance as a policy sees it."""
+    """One instance as a policy sees it. ``hit_tokens``: of the prompt, found in the instance's prefix cache, as far as known."""
 
     instance: InstanceId
     load: Load | None = None
     prediction: Prediction | None = None
+    hit_tokens: int = 0
 
 
 class Decision(msgspec.Struct, frozen=True):

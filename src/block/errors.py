@@ -6,9 +6,10 @@ BlockError
 │   ├── UnknownNameError   a policy, profile or estimator that does not exist (lists those that do)
 │   └── BadInputError      a trace, run directory or model file that cannot be read
 ├── ClientError            say it to the HTTP client (carries the status)
-└── InstanceError          the instance failed: try elsewhere
-    ├── InstanceUnreachableError   not a byte was answered: safe to retry
-    └── StreamBrokenError          died after the answer had begun: tell the client
+├── InstanceError          the instance failed: try elsewhere
+│   ├── InstanceUnreachableError   not a byte was answered: safe to retry
+│   └── StreamBrokenError          died after the answer had begun: tell the client
+└── ActuatorError          instances could not be started or stopped: try again later
 """
 
 from collections.abc import Iterable
@@ -63,3 +64,7 @@ class InstanceUnreachableError(InstanceError):
 
 class StreamBrokenError(InstanceError):
     """The instance died after its answer had begun."""
+
+
+class ActuatorError(BlockError):
+    """Instances could not be counted, started or stopped; the same order can be given again later."""

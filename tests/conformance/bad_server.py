@@ -58,7 +58,10 @@ class BadServer:
             _, second = await asyncio.open_connection(elsewhere[1].decode(), int(elsewhere[2]))
             second.close()
         status = b"200 OK" if self.vice == "yes" else b"500 Internal Server Error"
-        lines = b"content-type: text/plain\r\ncontent-type: text/plain\r\ncontent-length: %d\r\n" % len(_LAST)
+        lines = (
+            b"x-predicted-ttft-ms: soon\r\ncontent-type: text/plain\r\ncontent-type: text/plain\r\ncontent-length: %d\r\n"
+            % len(_LAST)
+        )
         writer.write(b"HTTP/1.1 %b\r\n%b\r\n%b" % (status, lines, _LAST))
 
     async def _stream(self, writer: asyncio.StreamWriter) -> None:

@@ -63,3 +63,22 @@ def test_the_rules_are_yaml_with_an_expression_and_a_summary_each() -> None:
         rule for group in yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"] for rule in group["rules"]
     ]
     assert all(rule["expr"] and rule["labels"]["severity"] and rule["annotations"]["summary"] for rule in rules)
+
+
+def test_the_manifests_set_what_the_gateway_knows() -> None:
+    yaml = pytest.importorskip("yaml", reason="pip install pyyaml to read the manifests")
+    from block.gateway.config import GatewayConfig
+
+    for file in (DEPLOY / "kubernetes").glob("*.yaml"):
+        documents = list(yaml.safe_load_all(file.read_text()))
+        assert all(document["apiVersion"] and document["kind"] for document in documents if document), file.name
+    gateway = (DEPLOY / "kubernetes" / "gateway.yaml").read_text()
+    for name in re.findall(r"name: BLOCK_([A-Z_]+)", gateway):
+        assert name.lower() in GatewayConfig.__struct_fields__
+
+
+def test_the_example_configuration_is_one() -> None:
+    from block.gateway.config import load_config
+
+    config = load_config({}, file=str(DEPLOY / "systemd" / "gateway.toml"), environment={})
+    assert (config.workers, len(config.instances)) == (2, 2)

@@ -11,6 +11,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from block.emulate import tokens
 from block.engine.limits import EngineLimits
 from block.predict.snapshot import BLOCKS, EXACT, FLAGS, MAX_TOKENS, OUTPUT, PROMPT, decode, request_key
 from block.predictor.shared_memory import SnapshotReader
@@ -495,3 +496,32 @@ async def test_the_snapshots_go_when_the_engine_does(config, shm_name):
     assert not reader.alive()
     assert not reader.path.exists()
     reader.close()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_token_ids_are_told_on_request_as_vllm_tells_them(config, path):
+    chat = "chat" in path
+    body = {"messages": MESSAGES} if chat else {"prompt": "Say something"}
+    body |= {"max_tokens": 5, "ignore_eos": True, "return_token_ids": True}
+    async with served(config) as (_, http):
+        async with http.post(path, json=body) as answer:
+            whole = await answer.json()
+        async with http.post(path, json=body | {"stream": True}) as answer:
+            lines = (await answer.text()).split("\n\n")[:-2]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    choice = whole["choices"][0]
+    told = [i for event in events for i in event["choices"][0].get("token_ids", [])]
+    assert told == choice["token_ids"]
+    text = choice["message"]["content"] if chat else choice["text"]
+    assert tokens.text_of(told) == text
+    first = events[0] if chat else events[0]["choices"][0]
+    assert first["prompt_token_ids"] == (whole if chat else choice)["prompt_token_ids"]
+    assert len(first["prompt_token_ids"]) == whole["usage"]["prompt_tokens"]
+
+
+async def test_who_continues_an_answer_keeps_its_length(config):
+    async with served(config) as (_, http):
+        body = {"prompt": "Say something", "max_tokens": 50, "stream": False}
+        headers = {"x-emulate-output-tokens": "20", "x-block-continued-tokens": "13"}
+        async with http.post("/v1/completions", json=body, headers=headers) as answer:
+            assert (await answer.json())["usage"]["completion_tokens"] == 7

@@ -61,3 +61,16 @@ def test_block_keys_are_equal_exactly_where_everything_up_to_the_block_is(a, b, 
 def test_a_cache_salt_keeps_equal_prompts_apart():
     prompt = tokens.of_ids(range(32))
     assert not set(tokens.block_keys(prompt, 16)) & set(tokens.block_keys(prompt, 16, "mine"))
+
+
+@given(texts, st.integers(0, 2**40), st.integers(1, 40), st.integers(1, 40))
+def test_a_prompt_with_the_first_tokens_of_its_answer_is_answered_with_the_rest(text, seed, done, left):
+    prompt = tokens.of_text(text)
+    whole = tokens.answer(tokens.answer_seed(prompt, seed), 0, done + left)
+    cut = done * tokens.TOKEN_BYTES
+    assert tokens.answer(tokens.answer_seed(prompt + whole[:cut], seed), 0, left) == whole[cut:]
+
+
+def test_another_seed_is_another_answer():
+    prompt = tokens.of_text("what now")
+    assert len({tokens.answer_seed(prompt, seed) for seed in range(20)}) == 20

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -66,15 +67,16 @@ class FakeEngine:
         """Clients that closed before their answer was whole."""
         self.healthy = True
         self.port = 0
+        self.tls: ssl.SSLContext | None = None
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
 
     async def start(self, port: int = 0) -> "FakeEngine":
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port or self.port)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port or self.port, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -152,6 +154,14 @@ async def dies_in_stream(engine: FakeEngine, heard: Heard, writer: asyncio.Strea
     writer.transport.abort()
 
 
+async def dies_after_head(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+    """The head at once, as vLLM does, and then the connection breaks before the first token."""
+    writer.write(STREAM_HEAD if heard.json.get("stream") else b"")
+    await writer.drain()
+    await asyncio.sleep(0.02)
+    writer.transport.abort()
+
+
 async def dies_in_chunk(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
     """One event and half of another, then the connection breaks."""
     writer.write(STREAM_HEAD + chunk(event(" t0")) + chunk(event(" t1"))[:30])
@@ -214,15 +224,16 @@ class FakePredictor:
         self.delay_s = 0.0
         self.profile: bytes = encoded(profile_fields() | {"scale": 1.0})
         self.port = 0
+        self.tls: ssl.SSLContext | None = None
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
 
     async def start(self) -> "FakePredictor":
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

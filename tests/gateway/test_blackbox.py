@@ -86,7 +86,7 @@ async def bench(request: pytest.FixtureRequest, profile: str) -> AsyncIterator[B
         instance = parse_instance(
             f"{url},name=e0,profile={profile},max-num-seqs=16,max-num-batched-tokens=512,max-model-len=2048"
         )
-        settings = QUICK | {"instances": [instance], "policy": "block", "count_tokens": request.param}
+        settings = QUICK | {"instances": [instance], "policy": "block-paper", "count_tokens": request.param}
         gateway = Gateway(GatewayConfig(**settings))
         await gateway.start()
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session:

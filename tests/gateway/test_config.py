@@ -55,7 +55,7 @@ def test_a_dumped_configuration_is_the_same_when_read_again_and_shows_no_key(tmp
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("prot = 1", "there is no setting 'prot'. Known: admin_key"),
+        ("prot = 1", "there is no setting 'prot'. Known: admin_host"),
         ('[[instances]]\nuri = "http://a:1"', "[[instances]]: there is no setting 'uri'. Known: block_size,"),
         ('port = "many"', "port"),
         ("port = 70000", "port must be in 0-65535"),

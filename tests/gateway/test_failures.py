@@ -11,6 +11,7 @@ from gateway.conftest import Client, Start, until
 from gateway.fakes import (
     FakeEngine,
     chunk,
+    dies_after_head,
     dies_in_body,
     dies_in_chunk,
     dies_in_stream,
@@ -45,6 +46,19 @@ async def test_a_request_not_yet_answered_is_served_elsewhere(start: Start, beha
     assert await client.metric("block_worker_retries_total") >= 1
 
 
+async def test_a_stream_of_which_only_the_head_came_is_served_elsewhere(start: Start) -> None:
+    """vLLM sends the head before the first token: an instance that dies in between has answered nothing yet."""
+    bad, good = FakeEngine(dies_after_head), FakeEngine()
+    client = await start(bad, good)
+    for _ in range(6):
+        status, body, headers = await client.post(body=STREAM)
+        assert (status, headers["x-gateway-destination-endpoint"]) == (200, "e1")
+        assert body.endswith(b"data: [DONE]\n\n")
+    assert len(bad.heard) >= 1
+    assert [i.streaming for i in client.gateway.pool.instances.values()] == [0, 0]
+    assert await client.metric("block_stream_broken_total") == 0
+
+
 async def test_a_killed_instance_costs_no_request_and_comes_back(start: Start) -> None:
     a, b = FakeEngine(), FakeEngine()
     client = await start(a, b)
@@ -67,6 +81,16 @@ async def test_requests_in_flight_on_a_killed_instance_are_served_elsewhere(star
     await until(lambda: len(a.heard) == 10)
     await a.stop()
     assert [(await answer)[0] for answer in answers] == [200] * 20
+
+
+async def test_the_death_of_a_busy_instance_is_no_matter_of_the_retry_budget(start: Start) -> None:
+    a, b = FakeEngine(never_answers), FakeEngine()
+    client = await start(a, b, policy="round-robin", retry_budget_fraction=0.0)
+    client.gateway.dispatcher.budget.left = 10.0
+    answers = [asyncio.create_task(client.post()) for _ in range(300)]
+    await until(lambda: len(a.heard) == 150)
+    await a.stop()
+    assert [(await answer)[0] for answer in answers] == [200] * 300
 
 
 @pytest.mark.parametrize("behave", [dies_in_stream, dies_in_chunk])

@@ -12,7 +12,7 @@ from block.core import InstanceId, Request
 from block.gateway.evidence import Evidence
 from block.gateway.expectations import Expectations
 from block.length.table import make_estimator
-from block.predict.snapshot import request_key
+from block.predict.snapshot import ANONYMOUS, request_key
 from block.steptime.profile import load_profile
 from gateway.conftest import Client, Start, until
 from gateway.fakes import FakeEngine, FakePredictor, encoded, never_answers, snapshot
@@ -156,7 +156,7 @@ async def test_remote_predictors_are_asked_and_missed_ones_fall_back(start: Star
     for _ in range(3):
         _, _, headers = await client.post(headers={"x-request-id": "r"})
         assert headers["x-gateway-destination-endpoint"] == "e1"
-        assert headers["x-predicted-e2e-ms"] == "1000.0"
+        assert float(headers["x-predicted-e2e-ms"]) == pytest.approx(1000, abs=150)  # from the request's arrival on
     slow.delay_s = 1.0
     assert (await client.post(headers={"x-request-id": "late"}))[0] == 200
     assert (await decision(client, "late"))["fallback"] == "prediction-missing"
@@ -225,6 +225,39 @@ def test_a_dispatched_request_counts_no_more_when_its_answer_ended_or_time_passe
     assert evidence.load(0, 0, 0, now_s).in_flight == 1
     evidence.take_frame(snapshot(), now_s + 1.5)
     assert evidence.load(0, 0, 0, now_s + 1.5).in_flight == 0
+
+
+def counted(evidence: Evidence, now_s: float, **fields: int) -> tuple[int, int]:
+    """(in flight, unseen) after a snapshot that tells numbers and no names, as one made from metrics does."""
+    evidence.take_frame(snapshot(flags=ANONYMOUS, taken_s=now_s, **fields), now_s)
+    return evidence.load(0, 0, 0, now_s).in_flight, evidence.unseen
+
+
+def test_of_a_snapshot_without_names_no_request_is_lost_and_none_counted_twice() -> None:
+    evidence, now_s = evidence_of(), time.time()
+    keys = [evidence.sent(request(f"r{n}"), 400, 50, now_s + 0.01 * n) for n in range(3)]
+    assert counted(evidence, now_s + 0.05) == (3, 3), "the engine has not counted them yet"
+    assert counted(evidence, now_s + 0.10, running=2) == (3, 1), "it has counted two, surely the first"
+    assert counted(evidence, now_s + 0.15, running=2, waiting=1) == (3, 0)
+    late = evidence.sent(request("late"), 400, 50, now_s + 0.16)
+    assert evidence.load(0, 0, 0, now_s + 0.16).in_flight == 4, "dispatched after the engine was counted"
+    assert counted(evidence, now_s + 0.20, running=3) == (4, 1)
+    assert counted(evidence, now_s + 0.25, running=4) == (4, 0)
+    assert counted(evidence, now_s + 9.0, running=4) == (4, 0), "requests that last are not counted twice, however long"
+    assert counted(evidence, now_s + 9.1, running=9) == (9, 0), "others' are there too"
+    for key in (*keys, late):
+        evidence.ended(key)
+    assert counted(evidence, now_s + 9.2, running=5) == (5, 0)
+
+
+def test_a_request_in_the_part_of_a_queue_that_is_only_counted_is_not_counted_twice() -> None:
+    evidence, now_s = evidence_of(), time.time()
+    for name in ("a", "b"):
+        evidence.sent(request(name), 400, 50, now_s)
+    beyond = {"waiting_total": 4, "waiting_tokens_beyond": 200, "taken_s": now_s + 0.1}
+    evidence.take_frame(snapshot(running=2, waiting=2, **beyond), now_s + 0.1)  # type: ignore[arg-type]
+    assert evidence.load(0, 0, 0, now_s + 0.1).in_flight == 6
+    assert evidence.unseen == 0
 
 
 def test_an_older_snapshot_does_not_replace_a_newer_one() -> None:

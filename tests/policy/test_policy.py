@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from block.core import Candidate, InstanceId, Load, Prediction, Request
+from block.core import Candidate, InstanceId, Load, Prediction, Request, Slo
 from block.errors import ConfigError, UnknownNameError
 from block.policy import POLICIES, Evidence, Policy, RecentDispatches, decide, make_policy, policy_from, policy_names
 from block.policy.shortlist import RandomSubset
@@ -126,11 +126,12 @@ def test_ranks_by_load_follow_their_formulas(name: str, good: Load, bad: Load) -
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [
-        ("block", prediction(1.0, ttft_s=0.9), prediction(1.1)),
+        ("block-paper", prediction(1.0, ttft_s=0.9), prediction(1.1)),
+        ("block", prediction(3.0), prediction(1.0, ttft_s=1.0)),  # 3 against 1 + 5 x 0.5
+        ("block-slo", prediction(3.0), prediction(1.0, ttft_s=1.0)),  # without targets as block
         ("block-paper", prediction(1.0, preemptions=5), prediction(1.1)),
         ("block-ttft", prediction(2.0, ttft_s=0.1), prediction(1.0, ttft_s=0.2)),
         ("block-preemptions", prediction(1.4), prediction(1.0, preemptions=1)),
-        ("block-late", prediction(3.0), prediction(1.0, ttft_s=1.0)),  # 3 against 1 + 5 x 0.5
         ("block-late", prediction(1.9), prediction(1.0, preemptions=1)),
         ("block-harm", prediction(1.4, harm_s=0.0), prediction(1.0, harm_s=0.5)),
     ],
@@ -218,3 +219,41 @@ def test_recent_dispatches_forget_after_a_minute() -> None:
     assert recent.count(INSTANCES[0], 158.5) == 0
     assert recent.count(INSTANCES[1], 158.5) == 1
     assert recent.count(INSTANCES[5], 200.0) == 0
+
+
+def test_a_slow_instance_with_room_comes_before_a_fast_one_that_would_push_others_out() -> None:
+    policy = make_policy("block")
+    fast, slow = prediction(10.0, preemptions=1), prediction(30.0)
+    assert (
+        pick(policy, [Candidate(InstanceId("fast"), None, fast), Candidate(InstanceId("slow"), None, slow)]) == "slow"
+    )
+    waits = prediction(10.0, queue_delay_s=1.0)
+    assert (
+        pick(policy, [Candidate(InstanceId("fast"), None, waits), Candidate(InstanceId("slow"), None, slow)]) == "slow"
+    )
+
+
+def test_slo_slack_prefers_the_instance_on_which_the_request_meets_its_own_targets() -> None:
+    policy = make_policy("block-slo")
+    quick = Candidate(InstanceId("quick"), None, prediction(20.0, ttft_s=0.3, tpot_s=0.08))
+    short = Candidate(InstanceId("short"), None, prediction(12.0, ttft_s=0.9, tpot_s=0.04))
+
+    def choice(slo: Slo | None) -> str:
+        request = Request(id="r", arrived_s=0.0, prompt_tokens=100, slo=slo)
+        return decide(policy, request, [quick, short], Random(1)).instance
+
+    assert choice(None) == "short"
+    assert choice(Slo(ttft_s=0.5)) == "quick"
+    assert choice(Slo(ttft_s=0.5, tpot_s=0.05)) == "quick"
+    assert choice(Slo(tpot_s=0.05)) == "short"
+    assert choice(Slo(e2e_s=15.0)) == "short"
+
+
+def test_token_load_counts_seconds_of_each_instance_what_is_cached_not_and_a_late_prefill_only_so_much() -> None:
+    policy, a, b = make_policy("token-load"), InstanceId("a"), InstanceId("b")
+    fast = load(waiting_tokens=4000, prefill_tokens_per_s=8000.0)
+    slow = load(waiting_tokens=3000, prefill_tokens_per_s=2000.0)
+    assert pick(policy, [Candidate(a, fast), Candidate(b, slow)]) == "a"
+    assert pick(policy, [Candidate(a, fast), Candidate(b, fast, None, 90)]) == "b"
+    late, later = load(waiting_tokens=10**6), load(waiting_tokens=2 * 10**6, kv_blocks_free=200)
+    assert pick(policy, [Candidate(a, late), Candidate(b, later)]) == "b"

@@ -13,7 +13,7 @@ from block.errors import ConfigError, UserError
 from block.metrics import Row, summarize
 from block.policy import policy_names
 from block.simulate import SimulationConfig, simulate
-from block.simulate.bound import pooled
+from block.simulate.bound import packed, pooled, work_bound_rps
 from block.simulate.config import Failure, GatewayModel, InstanceGroup, LengthModel
 from block.steptime.profile import StepTimeProfile
 from block.workload import Offered, WorkloadConfig, offer
@@ -223,4 +223,19 @@ def test_held_requests_are_sent_in_the_end_and_it_pays_when_lengths_are_uncertai
     held = simulate(msgspec.structs.replace(full, policy="block-late"))
     assert {row.status for row in held} == {"finished"}
     assert len(held) == 1500
-    assert summarize(held).ttft_s_mean < summarize(simulate(full)).ttft_s_mean
+    published = simulate(msgspec.structs.replace(full, policy="block-paper"))
+    assert summarize(held).ttft_s_mean < summarize(published).ttft_s_mean
+
+
+def test_no_policy_beats_the_bound_and_the_pooled_cluster_is_below_it() -> None:
+    one = config(rate_rps=20.0, requests=600)
+    offered = offer(one.workload, one.seed)
+    bound_rps = work_bound_rps(one, offered)
+    for each in (pooled(one), packed(one), msgspec.structs.replace(one, policy="block")):
+        rows = simulate(each, offered)
+        assert len(rows) / max(row.finished_s for row in rows) < bound_rps
+    slower = msgspec.structs.replace(one, instances=[InstanceGroup(count=4, profile=PROFILE, limits=LIMITS, speed=0.5)])
+    assert work_bound_rps(slower, offered) == pytest.approx(bound_rps / 2)
+    batch = msgspec.structs.replace(LIMITS, max_num_seqs=8)
+    fewer = msgspec.structs.replace(one, instances=[InstanceGroup(count=4, profile=PROFILE, limits=batch)])
+    assert work_bound_rps(fewer, offered) < bound_rps

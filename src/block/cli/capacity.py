@@ -15,6 +15,13 @@ import click
 @click.option("--tolerance", default=0.01, show_default=True, help="Width of the last bracket, as a fraction.")
 @click.option("--pooled", is_flag=True, help="Also the same hardware as one engine: what perfect balance would give.")
 @click.option("--jobs", type=click.IntRange(1), help="Processes [one a core].")
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where they run: here, or on the Ray cluster of RAY_ADDRESS (else one started here).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (a list if several policies).")
 def command(
     config: Path,
@@ -24,6 +31,7 @@ def command(
     tolerance: float,
     pooled: bool,
     jobs: int | None,
+    executor: str,
     as_json: bool,
 ) -> None:
     """Search for the highest offered rate at which the criterion still holds, over several seeds.
@@ -54,7 +62,7 @@ def command(
     found = []
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("searching", total=None)
-        with runner(jobs, lambda _: progress.advance(bar)) as run_all:
+        with runner(jobs, lambda _: progress.advance(bar), executor) as run_all:
             for policy in policies or (base.policy,):
                 progress.update(bar, description=policy)
                 one = varied(base, policy=policy)

@@ -19,11 +19,18 @@ if TYPE_CHECKING:
     "--seeds", default=1, show_default=True, type=click.IntRange(1), help="How many, from the configured one on."
 )
 @click.option("--jobs", type=click.IntRange(1), help="Processes [one a core].")
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where they run: here, or on the Ray cluster of RAY_ADDRESS (else one started here).",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the table as .csv.")
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw the curves: .png or .svg.")
 @click.option("--json", "as_json", is_flag=True, help="Print the cells as JSON.")
 def command(
-    config: Path, policies: tuple[str, ...], rates: str, seeds: int, jobs: int | None, out: Path | None,
+    config: Path, policies: tuple[str, ...], rates: str, seeds: int, jobs: int | None, executor: str, out: Path | None,
     chart: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Run every policy at every rate, with the same requests, and show the means over the seeds.
@@ -58,7 +65,7 @@ def command(
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("simulated", total=len(policies) * len(rates_rps) * seeds)
-        with runner(jobs, lambda _: progress.advance(bar)) as run_all:
+        with runner(jobs, lambda _: progress.advance(bar), executor) as run_all:
             cells = compare(base, policies, rates_rps, range(base.seed, base.seed + seeds), run_all)
     if out is not None:
         write_cells(out, cells)

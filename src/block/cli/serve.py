@@ -30,6 +30,19 @@ POLICY_HELP = "How to choose an instance; options as in block-k:k=4. All names: 
 )
 @click.option("--host", help="Address to listen on. [127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on; 0 takes a free one. [8000]")
+@click.option("--workers", type=int, help="Processes that share the port. [1]")
+@click.option("--admin-port", type=int, help="A port of its own for /admin, /metrics and decisions.")
+@click.option("--admin-host", help="Address of that port. [127.0.0.1]")
+@click.option(
+    "--service-discovery",
+    type=click.Choice(["static", "file", "dns", "k8s"]),
+    help="Where more instances are found, and lost. [static: nowhere]",
+)
+@click.option("--discovery-file", type=click.Path(dir_okay=False), help="llm-d's endpoint file, or TOML [[instances]].")
+@click.option("--discovery-name", metavar="HOST:PORT|_SRV._TCP.NAME", help="DNS name of all instances.")
+@click.option("--discovery-interval-secs", "discovery_interval_s", type=float, help="How often DNS is asked. [10]")
+@click.option("--discovery-predictor-port", type=int, help="Predictors' port on the hosts that are discovered.")
+@click.option("--discovery-profile", help="Profile of the engines that are discovered, where they have no predictor.")
 @click.option("--policy", help=POLICY_HELP + " [block]")
 @click.option("--length-estimator", help="How output lengths are estimated. [history]")
 @click.option(
@@ -57,6 +70,13 @@ POLICY_HELP = "How to choose an instance; options as in block-k:k=4. All names: 
     "--hang-after-secs", "hang_after_s", type=float, help="Silence that makes an instance suspect; 0 is off. [0.75]"
 )
 @click.option(
+    "--continue-streams",
+    "--migration-limit",
+    "continue_streams",
+    type=int,
+    help="How often a stream whose instance dies goes on elsewhere, where that can be exact; 0 is off. [0]",
+)
+@click.option(
     "--shutdown-grace-period-secs",
     "shutdown_grace_period_s",
     type=float,
@@ -67,7 +87,30 @@ POLICY_HELP = "How to choose an instance; options as in block-k:k=4. All names: 
 )
 @click.option("--api-key-file", type=click.Path(dir_okay=False), help="File of keys, one a line.")
 @click.option("--admin-key", help="Opens /admin; better in BLOCK_ADMIN_KEY.")
+@click.option("--tls-cert-path", type=click.Path(dir_okay=False), help="Certificate (PEM) to serve HTTPS with.")
+@click.option("--tls-key-path", type=click.Path(dir_okay=False), help="Its key, where the certificate's file has none.")
+@click.option(
+    "--tls-ca-path", type=click.Path(dir_okay=False), help="Clients must show a certificate of this authority."
+)
+@click.option("--upstream-ca-path", type=click.Path(dir_okay=False), help="Authority of https:// instances.")
+@click.option("--upstream-cert-path", type=click.Path(dir_okay=False), help="Certificate to show to instances.")
+@click.option("--upstream-key-path", type=click.Path(dir_okay=False), help="Its key.")
+@click.option(
+    "--admission",
+    type=click.Choice(["all", "deadline"]),
+    help="deadline: answer 429 where no instance is expected to meet a request's SLO headers. [all]",
+)
+@click.option("--sse-keep-alive-secs", "sse_keep_alive_s", type=float, help="Comments in silent streams; 0 is off. [0]")
+@click.option("--tracing/--no-tracing", default=None, help="OpenTelemetry spans, set up by OTEL_* variables. [no]")
 @click.option("--request-bytes-max", type=int, help="Largest request body. [33554432]")
+@click.option(
+    "--log-requests", type=click.Path(dir_okay=False), help="Append finished requests to this file (JSON lines)."
+)
+@click.option(
+    "--log-prompts",
+    type=click.Choice(["off", "features", "full"]),
+    help="What that file keeps of prompts: nothing, counts and hashed words, or the text. [off]",
+)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[info]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready.")
 @click.option("--dump-config", is_flag=True, help="Print the whole configuration as TOML and exit.")
@@ -85,6 +128,7 @@ def command(config_file: str | None, as_json: bool, dump_config: bool, check_con
       block serve --instance http://gpu1:8000,profile=h200-llama3.1-8b,max-num-seqs=128 \\
                   --instance http://gpu2:8000,profile=h200-llama3.1-8b,max-num-seqs=128
       block serve --policy least-outstanding --worker-urls "http://gpu1:8000 http://gpu2:8000"
+      block serve --service-discovery file --discovery-file endpoints.yaml --workers 4 --admin-port 8001
       block serve --config gateway.toml --port 8080
       block serve --config gateway.toml --dump-config
     """
@@ -123,31 +167,70 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _serve(config: Any, reload: Any, as_json: bool) -> None:
-    import asyncio
-    import json
     import logging
-    import os
 
     from block.errors import ConfigError
-    from block.gateway.serve import Gateway, run
 
-    if not config.instances and config.admin_key is None:
-        raise ConfigError("No instance is given: add --instance URL, or --admin-key KEY to add them while it runs.")
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
-
-    def started(gateway: Gateway) -> None:
-        ready = len(gateway.pool.ready())
-        if as_json:
-            click.echo(json.dumps({"url": f"http://{config.host}:{gateway.port}", "pid": os.getpid(), "ready": ready}))
-            return
-        click.echo(
-            f"block serve: http://{config.host}:{gateway.port}, policy {config.policy}, "
-            f"{ready} of {len(gateway.pool.instances)} instances ready",
-            err=True,
+    if not config.instances and config.service_discovery == "static" and not (config.admin_key or config.admin_port):
+        raise ConfigError(
+            "No instance is given: add --instance URL, --service-discovery, or --admin-key KEY to add them while it runs."
         )
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    if config.workers > 1:
+        _supervise(config, reload, as_json)
+    else:
+        _run(config, reload, lambda gateway: _started(config, as_json, gateway.port, len(gateway.pool.ready())))
+
+
+def _started(config: Any, as_json: bool, port: int, ready: int) -> None:
+    """The first line printed."""
+    import json
+    import os
+
+    url = f"{'http' if config.tls_cert_path is None else 'https'}://{config.host}:{port}"
+    if as_json:
+        click.echo(json.dumps({"url": url, "pid": os.getpid(), "ready": ready}))
+        return
+    workers = f"{config.workers} workers, " if config.workers > 1 else ""
+    of = f" of {len(config.instances)}" if config.service_discovery == "static" else ""
+    click.echo(f"block serve: {url}, {workers}policy {config.policy}, {ready}{of} instances ready", err=True)
+
+
+def _run(config: Any, reload: Any, started: Any, workers: Any = None, parent: int | None = None) -> None:
+    import asyncio
+
+    from block.gateway.serve import run
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(run(config, reload, started))
+        runner.run(run(config, reload, started, workers, parent))
+
+
+def _supervise(config: Any, reload: Any, as_json: bool) -> None:
+    import sys
+
+    from block.errors import UserError
+    from block.gateway.supervisor import USER_ERROR, Place, Supervisor
+    from block.gateway.workers import Workers
+
+    def serve(place: Place) -> int:
+        own = place.config(config)
+        try:
+            _run(
+                own, lambda: place.config(reload()), lambda gateway: place.say_ready(len(gateway.pool.ready())),
+                Workers(place.directory, place.number, config.workers), place.parent,
+            )  # fmt: skip
+        except UserError as error:
+            click.echo(f"block: {error}", err=True)
+            return USER_ERROR
+        return 0
+
+    admin = None if config.admin_port is None else (config.admin_host, config.admin_port)
+    supervisor = Supervisor(
+        config.workers, config.host, config.port, admin, serve, grace_s=config.shutdown_grace_period_s
+    )
+    code = supervisor.run(lambda ready: _started(config, as_json, supervisor.port, ready))
+    if code:
+        sys.exit(code)
 
 
 def _loop_factory() -> Any:

@@ -9,7 +9,8 @@ from block.conformance.wire import Answer
 NO_MODEL: Final = "no-such-model-0b5e"
 
 
-def _check_error(answer: Answer, *statuses: int) -> None:
+def check_error(answer: Answer, *statuses: int) -> None:
+    """Raise FailedError unless the answer has one of these statuses and OpenAI's error object."""
     wanted = " or ".join(map(str, statuses))
     expect(answer.status in statuses, f"it gets {answer.status} instead of {wanted}")
     expect(answer.content_type == "application/json", f"its content-type is {answer.content_type or 'missing'!r}")
@@ -24,32 +25,32 @@ def _check_error(answer: Answer, *statuses: int) -> None:
 
 
 async def invalid_json(target: Target) -> None:
-    _check_error(await target.ask("POST", CHAT, content=b'{"model": '), 400)
+    check_error(await target.ask("POST", CHAT, content=b'{"model": '), 400)
 
 
 async def not_an_object(target: Target) -> None:
-    _check_error(await target.ask("POST", CHAT, content=b"[1, 2]"), 400, 422)
+    check_error(await target.ask("POST", CHAT, content=b"[1, 2]"), 400, 422)
 
 
 async def not_utf8(target: Target) -> None:
     content = b'{"model": "\xff\xfe", "messages": []}'
-    _check_error(await target.ask("POST", CHAT, content=content), 400, 404, 422)
+    check_error(await target.ask("POST", CHAT, content=content), 400, 404, 422)
 
 
 async def wrong_type(target: Target) -> None:
-    _check_error(await target.ask("POST", CHAT, target.chat(messages=7)), 400, 422)
+    check_error(await target.ask("POST", CHAT, target.chat(messages=7)), 400, 422)
 
 
 async def messages_missing(target: Target) -> None:
-    _check_error(await target.ask("POST", CHAT, target.chat(messages=None)), 400, 422)
+    check_error(await target.ask("POST", CHAT, target.chat(messages=None)), 400, 422)
 
 
 async def bad_limit(target: Target) -> None:
-    _check_error(await target.ask("POST", CHAT, target.chat(max_tokens=-1)), 400, 422)
+    check_error(await target.ask("POST", CHAT, target.chat(max_tokens=-1)), 400, 422)
 
 
 async def unknown_model(target: Target) -> None:
-    _check_error(await target.ask("POST", CHAT, target.chat(model=NO_MODEL)), 404)
+    check_error(await target.ask("POST", CHAT, target.chat(model=NO_MODEL)), 404)
 
 
 async def unknown_model_code(target: Target) -> None:
@@ -59,7 +60,7 @@ async def unknown_model_code(target: Target) -> None:
 
 
 async def unknown_model_streamed(target: Target) -> None:
-    _check_error(await target.ask("POST", CHAT, target.chat(model=NO_MODEL, stream=True)), 404)
+    check_error(await target.ask("POST", CHAT, target.chat(model=NO_MODEL, stream=True)), 404)
 
 
 async def unknown_path(target: Target) -> None:
@@ -68,7 +69,7 @@ async def unknown_path(target: Target) -> None:
 
 
 async def unknown_path_object(target: Target) -> None:
-    _check_error(await target.ask("GET", "/v1/no-such-thing"), 404)
+    check_error(await target.ask("GET", "/v1/no-such-thing"), 404)
 
 
 async def wrong_method(target: Target) -> None:
@@ -79,14 +80,14 @@ async def wrong_method(target: Target) -> None:
 async def key_missing(target: Target) -> None:
     if target.api_key is None:
         raise NotApplicableError("no --api-key was given")
-    _check_error(await target.ask("POST", CHAT, target.chat(), key=None), 401)
+    check_error(await target.ask("POST", CHAT, target.chat(), key=None), 401)
 
 
 async def key_wrong(target: Target) -> None:
     if target.api_key is None:
         raise NotApplicableError("no --api-key was given")
     for wrong in (target.api_key + "x", target.api_key[:-1], "x"):
-        _check_error(await target.ask("POST", CHAT, target.chat(), key=wrong), 401)
+        check_error(await target.ask("POST", CHAT, target.chat(), key=wrong), 401)
 
 
 _OBJECT: Final = OPENAI + "guides/error-codes"

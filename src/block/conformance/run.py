@@ -7,7 +7,7 @@ from typing import Final
 
 import aiohttp
 
-from block.conformance import cancel, connections, failures, headers, health, limits, smuggling, stream
+from block.conformance import cancel, connections, failures, headers, health, limits, scheduling, smuggling, stream
 from block.conformance.check import Check, FailedError, NotApplicableError, Outcome, Result
 from block.conformance.target import Target
 from block.errors import UnknownNameError
@@ -19,6 +19,7 @@ GROUPS: Final[Mapping[str, tuple[Check, ...]]] = {
     "headers": headers.CHECKS,
     "limits": limits.CHECKS,
     "cancel": cancel.CHECKS,
+    "scheduling": scheduling.CHECKS,
     "connections": connections.CHECKS,
     "smuggling": smuggling.CHECKS,
 }

@@ -58,9 +58,10 @@ class StreamedAnswer:
     ) -> None:
         self.done = done
         self._job, self._send, self._backlog, self._chunked = job, send, backlog, chunked
-        self._seed = tokens.answer_seed(job.prompt)
+        self._seed = job.answer_seed
         self._made = self._sent = 0
         self._open = b"data: " + _json(head)[:-1] + b',"choices":['
+        self._plain = not (job.continuous_usage or job.token_ids)
         before, after = self._around(None)
         framed = self._framed(before + b" " * tokens.TOKEN_BYTES + after)
         at = framed.index(before) + len(before)
@@ -70,14 +71,14 @@ class StreamedAnswer:
         self._made += 1
         if reason is None and self._backlog() > BACKLOG_MAX:
             return
-        if reason is None and self._made - self._sent == 1 and self._sent and not self._job.continuous_usage:
+        if reason is None and self._made - self._sent == 1 and self._sent and self._plain:
             self._sent = self._made
             self._send(self._before + tokens.word(self._seed, self._made - 1) + self._after)
             return
         role = b""
         if self._sent == 0 and self._job.chat:
             choice = b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-            role = self._framed(self._open + choice + self._close(0))
+            role = self._framed(self._open + choice + self._close(0, b"]" + self._prompt_ids()))
         before, after = self._around(reason)
         text = tokens.answer(self._seed, self._sent, self._made)
         self._sent = self._made
@@ -97,13 +98,24 @@ class StreamedAnswer:
         why = b"null" if reason is None else _json(reason)
         stop_reason = b"" if self._job.chat and reason is None else b',"stop_reason":null'
         text_open, text_close = (b'"delta":{"content":"', b'"}') if self._job.chat else (b'"text":"', b'"')
-        after = text_close + b',"logprobs":null,"finish_reason":' + why + stop_reason + b"}" + self._close(self._made)
+        after = text_close + b',"logprobs":null,"finish_reason":' + why + stop_reason + self._ids()
+        after += b"}" + self._close(self._made)
         return self._open + b'{"index":0,' + text_open, after
 
-    def _close(self, output_tokens: int) -> bytes:
+    def _ids(self) -> bytes:
+        """The members that tell the ids of an event's tokens, and with the first of a completion those of the prompt."""
+        if not self._job.token_ids:
+            return b""
+        first = b"" if self._job.chat or self._sent else self._prompt_ids()
+        return first + b',"token_ids":' + _json(tokens.answer_ids(self._seed, self._sent, self._made))
+
+    def _prompt_ids(self) -> bytes:
+        return b',"prompt_token_ids":' + _json(tokens.ids(self._job.prompt)) if self._job.token_ids else b""
+
+    def _close(self, output_tokens: int, close: bytes = b"]") -> bytes:
         if self._job.continuous_usage:
-            return b'],"usage":' + self._usage(output_tokens) + b"}\n\n"
-        return b'],"usage":null}\n\n' if self._job.include_usage else b"]}\n\n"
+            return close + b',"usage":' + self._usage(output_tokens) + b"}\n\n"
+        return close + b',"usage":null}\n\n' if self._job.include_usage else close + b"}\n\n"
 
     def _usage(self, output_tokens: int) -> bytes:
         return _json(usage(self._job.prompt_tokens, output_tokens))
@@ -132,11 +144,14 @@ def head(job: Job, answer_id: str, created: int, model: str) -> dict[str, Any]:
 
 def whole(job: Job, head: dict[str, Any], output_tokens: int, reason: str, cached_tokens: int | None = None) -> bytes:
     """The JSON of an answer in one piece."""
-    text = tokens.answer(tokens.answer_seed(job.prompt), 0, output_tokens).decode()
+    text = tokens.answer(job.answer_seed, 0, output_tokens).decode()
     choice: dict[str, Any] = {"index": 0}
     if job.chat:
         choice["message"] = {"role": "assistant", "content": text, "refusal": None, "tool_calls": []}
     else:
         choice["text"] = text
     choice |= {"logprobs": None, "finish_reason": reason, "stop_reason": None}
+    if job.token_ids:
+        choice["token_ids"] = tokens.answer_ids(job.answer_seed, 0, output_tokens)
+        (head if job.chat else choice)["prompt_token_ids"] = tokens.ids(job.prompt)
     return _json(head | {"choices": [choice], "usage": usage(job.prompt_tokens, output_tokens, cached_tokens)})

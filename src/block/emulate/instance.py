@@ -81,7 +81,7 @@ class Instance:
                 "tokens that this engine has."
             )
         if limits.enable_prefix_caching:
-            answer = tokens.answer(tokens.answer_seed(job.prompt), 0, sequence.stop_after)
+            answer = tokens.answer(job.answer_seed, 0, sequence.stop_after)
             sequence.block_keys = tokens.block_keys(job.prompt + answer, limits.block_size, job.cache_salt)
         return sequence
 

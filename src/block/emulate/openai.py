@@ -33,6 +33,8 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    seed: int | None = None
+    return_token_ids: bool | None = None
 
 
 class CompletionBody(_Body, frozen=True, kw_only=True):
@@ -46,7 +48,8 @@ class ChatBody(_Body, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked request. ``prompt``: a token sequence (``emulate.tokens``); ``exact_output``: ``ignore_eos`` is set."""
+    """A checked request. ``prompt``: a token sequence (``emulate.tokens``); ``exact_output``: ``ignore_eos`` is set;
+    ``token_ids``: they are told, the prompt's too (``return_token_ids``)."""
 
     chat: bool
     model: str | None
@@ -58,10 +61,17 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     continuous_usage: bool
     priority: int
     cache_salt: str
+    seed: int = 0
+    token_ids: bool = False
 
     @property
     def prompt_tokens(self) -> int:
         return tokens.count(self.prompt)
+
+    @property
+    def answer_seed(self) -> int:
+        """What its answer's tokens are made of (see ``tokens.word``)."""
+        return tokens.answer_seed(self.prompt, self.seed)
 
 
 def bad_request(message: str, param: str | None = None) -> ClientError:
@@ -161,4 +171,6 @@ def _job(body: _Body, chat: bool, prompt: bytes, max_tokens: int | None, max_tok
         continuous_usage=bool(options.include_usage and options.continuous_usage_stats),
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
+        seed=body.seed or 0,
+        token_ids=bool(body.return_token_ids),
     )

@@ -22,6 +22,8 @@ from block.predictor.serving import JSON, Handler, errors_as_json, json_response
 
 BODY_MAX: Final = 64 << 20
 OUTPUT_TOKENS_HEADER: Final = "x-emulate-output-tokens"
+CONTINUED_TOKENS_HEADER: Final = "x-block-continued-tokens"
+"""How many of the prompt's last tokens are the answer's first: the gateway continues what another engine began."""
 
 
 def make_app(instance: Instance) -> web.Application:
@@ -195,11 +197,16 @@ class DetokenizeBody(msgspec.Struct, frozen=True):
 
 def _wanted_output(request: web.Request) -> int | None:
     """The experiment's true output length, from its header."""
-    text = request.headers.get(OUTPUT_TOKENS_HEADER)
+    wanted = _whole_number(request, OUTPUT_TOKENS_HEADER)
+    return None if wanted is None else max(1, wanted - (_whole_number(request, CONTINUED_TOKENS_HEADER) or 0))
+
+
+def _whole_number(request: web.Request, header: str) -> int | None:
+    text = request.headers.get(header)
     if text is None:
         return None
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise bad_request(f"{OUTPUT_TOKENS_HEADER} must be a whole number of at least 1, not {text!r}.")
+        raise bad_request(f"{header} must be a whole number of at least 1, not {text!r}.")
     return int(text)
 
 

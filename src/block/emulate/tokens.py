@@ -22,6 +22,7 @@ WORDS: Final = tuple(f"{a}{b}{c} ".encode() for a in "bdfklmst" for b in "aeio" 
 
 _WORD_MASK: Final = len(WORDS) - 1
 _STRIDE: Final = 37  # odd, so that all words come before one repeats
+_PLACE: Final = {word: place for place, word in enumerate(WORDS)}
 
 
 def of_text(text: str) -> bytes:
@@ -75,9 +76,14 @@ def text_of(token_ids: Iterable[int]) -> str:
     return of_ids(token_ids).replace(b"\0", b"").decode("utf-8", "replace")
 
 
-def answer_seed(prompt: bytes) -> int:
-    """Where in the cycle of words the answer to a prompt begins: the same prompt is always answered the same."""
-    return zlib.crc32(prompt)
+def answer_seed(prompt: bytes, seed: int = 0) -> int:
+    """Where in the cycle of words the answer to a prompt begins: the same prompt (and seed) is always answered the same.
+
+    After one of the words comes its successor, whatever the seed. So, as with a model, a prompt that ends with the first
+    tokens of an answer is answered with the rest of it.
+    """
+    before = _PLACE.get(prompt[-TOKEN_BYTES:])
+    return zlib.crc32(prompt, seed & 0xFFFFFFFF) if before is None else before + _STRIDE
 
 
 def word(seed: int, i: int) -> bytes:
@@ -88,6 +94,11 @@ def word(seed: int, i: int) -> bytes:
 def answer(seed: int, start: int, end: int) -> bytes:
     """Tokens ``start`` to ``end`` of an answer."""
     return b"".join([WORDS[(seed + i * _STRIDE) & _WORD_MASK] for i in range(start, end)])
+
+
+def answer_ids(seed: int, start: int, end: int) -> list[int]:
+    """The ids of tokens ``start`` to ``end`` of an answer."""
+    return ids(answer(seed, start, end))
 
 
 def block_keys(tokens: bytes, block_size: int, salt: str = "") -> list[int]:

@@ -1,11 +1,11 @@
 """Routes, and the one place where errors become HTTP."""
 
 import asyncio
-import hmac
 import logging
 import os
 import re
 import time
+from collections.abc import Coroutine
 from time import monotonic
 from typing import Any, Final
 from urllib.parse import unquote
@@ -13,20 +13,29 @@ from urllib.parse import unquote
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from block.errors import ClientError, UserError
-from block.gateway.config import GatewayConfig, InstanceConfig
+from block.errors import ClientError
+from block.gateway.admin import Admin
+from block.gateway.config import GatewayConfig
+from block.gateway.continuation import tape_of
 from block.gateway.dispatch import Dispatcher
 from block.gateway.exchange import Exchange
+from block.gateway.gauges import read_gauges
 from block.gateway.http1 import HttpRequest
+from block.gateway.keys import Keys
+from block.gateway.membership import Membership
 from block.gateway.metrics import Metrics
 from block.gateway.openai import GENERATING, Body, PromptRatio, as_request, read_body
-from block.gateway.pool import Instance, Pool, State
-from block.gateway.proxy import ClientConnection
+from block.gateway.openapi import document as openapi_document
+from block.gateway.pool import Pool
+from block.gateway.proxy import ClientConnection, Surface
+from block.gateway.workers import Whole, Workers, families_of
 
 READY: Final = frozenset({"/ready", "/readiness", "/readyz"})
 LIVE: Final = frozenset({"/health", "/live", "/liveness", "/livez", "/healthz"})
 NEVER_PASSED: Final = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 """They change an instance and must not be reachable through its gateway."""
+OWN: Final = ("/health", "/live", "/read", "/metrics", "/admin/", "/v1/decisions/")
+"""What the other surfaces have (see `Surface`)."""
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,256}")
 _UNSAFE_PATH: Final = re.compile(r"(?:^|/)\.\.?(?:/|$)|%2e|%2f|%5c|//|\\", re.IGNORECASE)
 
@@ -37,29 +46,33 @@ class App:
     """What every client connection talks to. Owns the set of connections."""
 
     def __init__(
-        self, config: GatewayConfig, pool: Pool, dispatcher: Dispatcher, ratio: PromptRatio, metrics: Metrics,
-        loop: asyncio.AbstractEventLoop,
+        self, config: GatewayConfig, pool: Pool, dispatcher: Dispatcher, members: Membership, ratio: PromptRatio,
+        metrics: Metrics, loop: asyncio.AbstractEventLoop,
     ) -> None:  # fmt: skip
         self.config, self.pool, self.dispatcher, self.metrics, self.loop = config, pool, dispatcher, metrics, loop
         self._ratio = ratio
         self.connections: set[ClientConnection] = set()
         self.self_test: str | None = None
         """Why predictions cannot be made here (then ready says no); ``None``: they can, or the policy needs none."""
-        self.membership: Membership | None = None
-        self._keys = [key.encode() for key in config.all_keys()]
+        self.members = members
+        self.admin = Admin(self, own_port=config.admin_port is not None)
+        self.workers: Workers | None = None
+        """The other processes of this gateway, where there are some."""
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._keys = Keys(config.all_keys())
         self._reads_text = bool(getattr(dispatcher.decider.estimator, "reads_text", False))
         self._pass = config.passthrough
 
     def configure(self, config: GatewayConfig) -> None:
         """Limits and keys after a reload."""
-        self._keys = [key.encode() for key in config.all_keys()]
+        self._keys = Keys(config.all_keys())
         self.config = config
 
     # Connections
 
     def opened(self, client: ClientConnection) -> bool:
-        """Take a connection; False when there are too many."""
-        if len(self.connections) >= self.config.connections_max:
+        """Take a connection; False when there are too many. A crowd at the front must not lock the other doors."""
+        if len(self.connections) >= self.config.connections_max and client.surface is Surface.PUBLIC:
             return False
         self.connections.add(client)
         return True
@@ -74,8 +87,7 @@ class App:
         try:
             self._route(client, http)
         except ClientError as error:
-            self.metrics.errors.labels(error.code or str(error.status)).inc()
-            client.answer_error(error, _echoed_id(http))
+            self.refuse(client, http, error)
         except Exception:  # the outermost place: a bug here costs this request and no other
             log.exception("bug while handling %s %s", http.method.decode("latin-1"), http.path)
             if client.exchange is not None:
@@ -87,35 +99,47 @@ class App:
 
     def _route(self, client: ClientConnection, http: HttpRequest) -> None:
         path = http.path
+        if client.surface is not Surface.PUBLIC and not path.startswith(OWN):
+            raise ClientError(404, f"There is no {path} on this port.", code="not_found")
         if path in GENERATING:
-            self._authorize(http)
+            key_name = self._keys.name_of(http)
             if http.method != b"POST":
                 raise _method_not_allowed(http, path)
-            self._proxy(client, http, read_body(http.body), generating=True)
-        elif http.method in (b"GET", b"HEAD") and self._answer_own(client, path):
+            self._proxy(client, http, read_body(http.body), key_name, generating=True)
+        elif http.method in (b"GET", b"HEAD") and self._answer_own(client, http, path):
             pass
         elif path == "/v1/models" or path.startswith(("/v1/models/", "/v1/decisions/")):
-            self._authorize(http)
+            if client.surface is Surface.PUBLIC:
+                self._keys.name_of(http)
+            else:
+                self.admin.check_allowed(client, http)
             if http.method not in (b"GET", b"HEAD"):
                 raise _method_not_allowed(http, path)
-            self._look_up(client, path)
+            self._look_up(client, http, path)
         elif path.startswith("/admin/"):
-            self._administer(client, http, path)
+            self.admin.handle(client, http)
         elif path.startswith(self._pass) and path not in NEVER_PASSED and not _UNSAFE_PATH.search(path):
-            self._authorize(http)
-            self._proxy(client, http, _lenient_body(http.body), generating=False)
+            key_name = self._keys.name_of(http)
+            self._proxy(client, http, _lenient_body(http.body), key_name, generating=False)
         else:
             raise ClientError(404, f"There is no {path} here.", code="not_found")
 
-    def _answer_own(self, client: ClientConnection, path: str) -> bool:
+    def _answer_own(self, client: ClientConnection, http: HttpRequest, path: str) -> bool:
         if path in LIVE:
             client.answer(200, b'{"status":"ok"}')
         elif path in READY:
             status, body = self._readiness()
             client.answer(status, body)
+        elif path == "/openapi.json":
+            client.answer(200, openapi_document())
         elif path == "/metrics":
-            self._gauge()
-            client.answer(200, self.metrics.render(), CONTENT_TYPE_LATEST.encode())
+            read_gauges(self)
+            if client.surface is Surface.WORKER:
+                client.answer(200, families_of(self.metrics.registry), b"application/msgpack")
+            elif self.workers is not None:
+                self.answer_later(client, http, self.workers.metrics(families_of(self.metrics.registry)))
+            else:
+                client.answer(200, self.metrics.render(), CONTENT_TYPE_LATEST.encode())
         else:
             return False
         return True
@@ -135,23 +159,17 @@ class App:
         }
         return 200 if reason is None else 503, msgspec.json.encode(body)
 
-    def _authorize(self, http: HttpRequest) -> None:
-        if not self._keys:
-            return
-        given = http.fields.get(b"authorization", b"")
-        token = given[7:].strip() if given[:7].lower() == b"bearer " else b""
-        if not sum(hmac.compare_digest(token, key) for key in self._keys):
-            raise ClientError(
-                401, "The API key is missing or wrong.", kind="authentication_error", code="invalid_api_key"
-            )
-
-    def _look_up(self, client: ClientConnection, path: str) -> None:
+    def _look_up(self, client: ClientConnection, http: HttpRequest, path: str) -> None:
         if path.startswith("/v1/decisions/"):
             request_id = unquote(path.removeprefix("/v1/decisions/"))
             found = self.dispatcher.decisions.explain(request_id)
-            if found is None:
-                raise ClientError(404, f"No decision about {request_id[:256]!r} is kept.", code="decision_not_found")
-            client.answer(200, found)
+            missing = ClientError(404, f"No decision about {request_id[:256]!r} is kept.", code="decision_not_found")
+            if found is not None:
+                client.answer(200, found)
+            elif self.workers is not None and client.surface is not Surface.WORKER:
+                self.answer_later(client, http, self.workers.find(path, missing))
+            else:
+                raise missing
             return
         models: dict[str, bytes] = {}
         for instance in self.pool.instances.values():
@@ -165,7 +183,9 @@ class App:
             raise _no_such_model(name)
         client.answer(200, models[name])
 
-    def _proxy(self, client: ClientConnection, http: HttpRequest, body: Body, *, generating: bool) -> None:
+    def _proxy(
+        self, client: ClientConnection, http: HttpRequest, body: Body, key_name: str | None, *, generating: bool
+    ) -> None:  # fmt: skip
         model = body.model or ""
         if not self.pool.knows(model):
             raise _no_such_model(model)
@@ -180,91 +200,44 @@ class App:
         arrived_s = monotonic()
         request, prompt_bytes = as_request(
             http, body, request_id=request_id, arrived_s=time.time(), ratio=self._ratio,
-            reads_text=generating and self._reads_text,
+            reads_text=generating and self._reads_text, objectives=self.config.objectives, key_name=key_name,
+            reads_prefix=generating and dispatcher.decider.reads_prefix,
         )  # fmt: skip
         exchange = Exchange(
             dispatcher, client, http, request,
             stream=bool(body.stream), generating=generating, prompt_bytes=prompt_bytes, arrived_s=arrived_s,
         )  # fmt: skip
+        if dispatcher.config.continue_streams and exchange.stream and generating:
+            exchange.tape = tape_of(http.target, http.body, request)
         client.exchange = exchange
+        if dispatcher.tracing is not None:
+            dispatcher.tracing.begin(exchange)
         dispatcher.start(exchange)
 
-    # Administration
+    # Answers that others have a part in
 
-    def _administer(self, client: ClientConnection, http: HttpRequest, path: str) -> None:
-        """``/admin/instances``: GET lists, POST adds; ``/admin/instances/NAME``: DELETE removes, ``.../drain``: POST drains."""
-        key = self.config.admin_key
-        if not key or self.membership is None:
-            raise ClientError(404, "There is no administration here: no admin key is set.", code="not_found")
-        given = http.fields.get(b"authorization", b"")
-        if not hmac.compare_digest(given, b"Bearer " + key.encode()):
-            raise ClientError(
-                401, "The admin key is missing or wrong.", kind="authentication_error", code="invalid_api_key"
-            )
-        parts = [unquote(part) for part in path.removeprefix("/admin/").split("/")]
-        match (http.method, parts):
-            case (b"GET", ["instances"]):
-                client.answer(
-                    200, msgspec.json.encode({"data": [self._describe(i) for i in self.pool.instances.values()]})
-                )
-            case (b"POST", ["instances"]):
-                client.answer(
-                    201, msgspec.json.encode(self._describe(self.membership.join(_instance_of(http.body, self.pool))))
-                )
-            case (b"POST", ["instances", name, "drain"]):
-                instance = self._instance(name)
-                self.pool.drain(instance)
-                client.answer(200, msgspec.json.encode(self._describe(instance)))
-            case (b"DELETE", ["instances", name]):
-                instance = self._instance(name)
-                self.membership.leave(instance)
-                client.answer(200, msgspec.json.encode(self._describe(instance)))
-            case _:
-                raise ClientError(404, f"There is no {http.method.decode()} {path} here.", code="not_found")
+    def answer_later(self, client: ClientConnection, http: HttpRequest, made: Coroutine[Any, Any, Whole]) -> None:
+        """Answer with what is still to be asked of the other workers."""
+        task = self.loop.create_task(self._answer_later(client, http, made))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
-    def _instance(self, name: str) -> Instance:
-        for instance in self.pool.instances.values():
-            if instance.id == name:
-                return instance
-        raise ClientError(404, f"There is no instance named {name[:256]!r}.", code="instance_not_found")
+    async def _answer_later(
+        self, client: ClientConnection, http: HttpRequest, made: Coroutine[Any, Any, Whole]
+    ) -> None:  # fmt: skip
+        try:
+            status, body, content_type = await made
+        except ClientError as error:
+            if client.awaits(http):
+                self.refuse(client, http, error)
+            return
+        if client.awaits(http):
+            client.answer(status, body, content_type)
 
-    def _describe(self, instance: Instance) -> dict[str, Any]:
-        evidence = self.dispatcher.decider.evidence.get(instance.id)
-        return {
-            "name": instance.id, "url": instance.config.url, "predictor": instance.config.predictor,
-            "profile": instance.config.profile,
-            "state": instance.state, "reason": instance.reason, "suspect": instance.suspect, "in_flight": instance.in_flight,
-            "models": sorted(instance.models or ()), "evidence": evidence and (evidence.problem or "fresh"),
-            "trial": instance.trial,
-        }  # fmt: skip
-
-    def _gauge(self) -> None:
-        """Gauges are read from the state when someone asks."""
-        metrics, now_s = self.metrics, time.time()
-        metrics.ready.set(len(self.pool.ready()))
-        metrics.queue_size.set(len(self.dispatcher.queue))
-        metrics.connections.set(len(self.connections))
-        for instance in self.pool.instances.values():
-            name = instance.id
-            metrics.health.labels(name).set(instance.state is State.READY)
-            metrics.circuit.labels(name).set(1 if instance.circuit_open_until_s else 0 if instance.trial is None else 2)
-            metrics.suspect.labels(name).set(instance.suspect is not None)
-            metrics.in_flight.labels(name).set(instance.in_flight)
-            metrics.in_flight_tokens.labels(name).set(instance.in_flight_tokens)
-            evidence = self.dispatcher.decider.evidence.get(name)
-            if evidence is not None and (instance.config.predictor or instance.config.profile):
-                metrics.unseen.labels(name).set(evidence.unseen)
-                metrics.stale.labels(name).set(evidence.age_s(now_s) if evidence.frames else float("inf"))
-
-
-class Membership:
-    """Who can add and remove instances while the gateway runs (see ``serve``)."""
-
-    def join(self, config: InstanceConfig) -> Instance:
-        raise NotImplementedError
-
-    def leave(self, instance: Instance) -> None:
-        raise NotImplementedError
+    def refuse(self, client: ClientConnection, http: HttpRequest, error: ClientError) -> None:
+        """An error as the answer to a request that got no further than here."""
+        self.metrics.errors.labels(error.code or str(error.status)).inc()
+        client.answer_error(error, _echoed_id(http))
 
 
 def _echoed_id(http: HttpRequest) -> bytes:
@@ -278,16 +251,6 @@ def _lenient_body(body: bytes) -> Body:
         return read_body(body)
     except ClientError:
         return Body()
-
-
-def _instance_of(body: bytes, pool: Pool) -> InstanceConfig:
-    try:
-        config = msgspec.json.decode(body, type=InstanceConfig)
-    except (msgspec.DecodeError, UserError) as error:
-        raise ClientError(400, f"This is not an instance: {error}") from None
-    if config.id in pool.instances:
-        raise ClientError(409, f"There is an instance named {config.id!r} already.", code="instance_exists")
-    return config
 
 
 def _no_such_model(name: str) -> ClientError:

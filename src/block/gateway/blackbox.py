@@ -7,7 +7,8 @@ ended is aborted, whatever the model thought of it. So the model says what canno
 is, how full the cache is) and the streams say what can. A few dozen times a second the result goes to the
 instance's evidence as a snapshot, like a predictor's.
 
-It knows nothing of requests that others send to the same engine, and of an answer that is not streamed only its end.
+Of an answer that is not streamed it knows only the end. Requests that others send to the same engine show in the engine's
+own counts, where it has a metrics page, and are played as ghosts (`foreign`); without one, they are not known of.
 ``sent`` and ``ended`` only take notes; all modelling happens in ``run``, so no failure of it can touch a request.
 """
 
@@ -25,8 +26,9 @@ from block.engine.pipeline import Engine
 from block.engine.scheduler import FINISHED, RUNNING, Sequence
 from block.errors import BlockError
 from block.gateway.evidence import Evidence
+from block.gateway.foreign import LOOK_EVERY_S, SHARE_MAX, Foreign
 from block.predict.capture import Recorder
-from block.predictor.sources.metrics import read_figures
+from block.predictor.sources.metrics import Figures, read_figures
 from block.steptime.profile import StepTimeProfile
 
 TICK_S: Final = 0.02
@@ -65,10 +67,16 @@ class Play:
 class BlackBox:
     """The modelled engine of one instance. Fed by dispatch (``sent``, ``ended``); feeds the instance's ``Evidence``."""
 
-    def __init__(self, evidence: Evidence, profile: StepTimeProfile, limits: EngineLimits, *, url: str | None) -> None:
-        """``url``: the instance's, to ask its ``/metrics`` once for the size of its cache; ``None``: do not ask."""
+    def __init__(
+        self, evidence: Evidence, profile: StepTimeProfile, limits: EngineLimits, *, url: str | None,
+        watched: str | None = None,
+    ) -> None:  # fmt: skip
+        """``url``: the instance's, to ask its ``/metrics`` once for the size of its cache; ``None``: do not ask. ``watched``:
+        the same, to look there for requests of others again and again."""
         self.evidence, self.profile, self.limits = evidence, profile, limits
-        self._url = url
+        self._url, self._watched = url, watched
+        self.foreign = Foreign()
+        self._told: Figures | None = None  # what the last look told, until the model has heard of it
         self._asked_s = -ASK_EVERY_S
         self._epoch = time.time_ns()
         self._plays: dict[int, Play] = {}
@@ -113,6 +121,12 @@ class BlackBox:
 
     async def run(self, session: aiohttp.ClientSession) -> None:
         """Until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._play(session))
+            if self._watched is not None:
+                tasks.create_task(self._watch(session, self._watched))
+
+    async def _play(self, session: aiohttp.ClientSession) -> None:
         while True:
             if self._url is not None and not self._plays and monotonic() - self._asked_s >= ASK_EVERY_S:
                 await self._ask(session, self._url)
@@ -135,7 +149,12 @@ class BlackBox:
             for play in self._plays.values():
                 if play.inside:
                     self._correct(play)
-            frame = self._recorder.capture(now_s, time.time() - now_s, self._exact)
+            self.foreign.note(len(self._plays), now_s)
+            if self._told is not None:
+                told, self._told = self._told, None
+                self.foreign.take(self._engine, told, now_s)
+            exact = self._exact | self.foreign.keys if self.foreign.keys else self._exact
+            frame = self._recorder.capture(now_s, time.time() - now_s, exact)
         except MODEL_ERRORS as error:  # a bug, but evidence is never worth a request
             log.exception("the model of %s failed and begins anew", self.evidence.instance)
             self.evidence.lost(f"the model of its engine failed: {error!r}")
@@ -186,6 +205,7 @@ class BlackBox:
     def _begin_again(self, now_s: float) -> None:
         """An empty engine that gets everything in flight anew."""
         self._begin(now_s)
+        self.foreign.forget()
         self._notes = []
         for play in self._plays.values():
             old = play.sequence
@@ -198,15 +218,10 @@ class BlackBox:
     async def _ask(self, session: aiohttp.ClientSession, url: str) -> None:
         """Read the number and size of the engine's blocks from its metrics; asked again while it does not answer."""
         self._asked_s = monotonic()
-        try:
-            async with session.get(f"{url}/metrics", timeout=aiohttp.ClientTimeout(total=2.0)) as answer:
-                page = await answer.content.read(PAGE_BYTES_MAX)
-                if answer.status >= 500:
-                    return
-        except (aiohttp.ClientError, OSError, TimeoutError):
+        figures = await _look(session, url)
+        if figures is None:
             return
         self._url = None
-        figures = read_figures(page.decode("utf-8", "replace"))
         if figures.num_gpu_blocks is None or figures.num_gpu_blocks < 2:
             log.warning(
                 "%s does not tell how many KV blocks it has: %d are assumed, set num_gpu_blocks",
@@ -217,6 +232,35 @@ class BlackBox:
         block_size = figures.block_size or self.limits.block_size
         self.limits = msgspec.structs.replace(self.limits, num_gpu_blocks=figures.num_gpu_blocks, block_size=block_size)
         self._begin_again(monotonic())
+
+    # Requests of others
+
+    async def _watch(self, session: aiohttp.ClientSession, url: str) -> None:
+        """Look how many requests the engine has, as often as that costs it little; until it turns out not to tell."""
+        while True:
+            began_s = monotonic()
+            figures = await _look(session, url)
+            if figures is not None:
+                if figures.running is None:
+                    return
+                self._told = figures
+                if self.foreign.ghosts or figures.running > len(self._plays):
+                    self._wake.set()
+            took_s = monotonic() - began_s
+            await asyncio.sleep(max(LOOK_EVERY_S, took_s / SHARE_MAX) if figures else ASK_EVERY_S)
+
+
+async def _look(session: aiohttp.ClientSession, url: str) -> Figures | None:
+    """The engine's metrics; ``None``: it does not answer."""
+    timeout = aiohttp.ClientTimeout(total=2.0)
+    try:
+        async with session.get(f"{url}/metrics", timeout=timeout, allow_redirects=False) as answer:
+            page = await answer.content.read(PAGE_BYTES_MAX)
+            if answer.status >= 500:
+                return None
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return None
+    return read_figures(page.decode("utf-8", "replace"))
 
 
 def _sequence(key: int, prompt: int, max_tokens: int, arrived_s: float) -> Sequence:

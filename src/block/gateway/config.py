@@ -1,6 +1,7 @@
 """Every knob of the gateway, in one frozen record: from flags, ``BLOCK_*`` variables and a strict TOML file."""
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ RELOADABLE: Final = frozenset(
     {
         "instances", "policy", "max_concurrent_requests", "queue_size", "queue_timeout_s", "instance_in_flight_max",
         "request_timeout_s", "retries", "stale_after_s", "api_keys",
+        "api_key_file", "admin_key", "instance_allow", "objectives", "admission", "admission_confidence",
+        "sse_keep_alive_s", "continue_streams", "continue_silent_s",
     }
 )  # fmt: skip
 """Fields that a reload changes; the others need a restart, and the reload says so."""
@@ -28,6 +31,9 @@ PASSED_THROUGH: Final = (
 )  # fmt: skip
 
 
+_NAME: Final = re.compile(r"[!-~]{1,256}")
+_HOST: Final = re.compile(r"[\w.\-\[\]:]+", re.ASCII)
+_PATH: Final = re.compile(r"[!-~]*")
 ENGINE_KEYS: Final = ("max_num_seqs", "num_gpu_blocks", "max_num_batched_tokens", "block_size", "max_model_len")
 """Limits of an engine that is modelled, as ``EngineLimits`` names them."""
 
@@ -53,6 +59,8 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for field, url in (("instance URL", self.url), ("predictor URL", self.predictor)):
             if url is not None:
                 check_url(field, url)
+        if self.name and not _NAME.fullmatch(self.name):
+            raise ConfigError(f"An instance's name must be 1-256 visible ASCII characters, not {self.name!r}.")
         if self.profile is None:
             if given := sorted(self._limits_given()):
                 raise ConfigError(f"The instance {self.id} has {', '.join(given)} but no profile to model it with.")
@@ -87,17 +95,34 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     host: str = "127.0.0.1"
     port: int = 8000
+    workers: int = 1  # processes that share the port; limits and counts are each one's own
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None  # where /admin is then, and only there
     instances: list[InstanceConfig] = []
+    service_discovery: Literal["static", "file", "dns", "k8s"] = "static"
+    discovery_file: str | None = None
+    discovery_name: str | None = None  # host:port, or a name of SRV records
+    discovery_server: str | None = None  # of DNS, for SRV records; the system's where none is given
+    discovery_interval_s: float = 10.0
+    discovery_scheme: Literal["http", "https"] = "http"
+    discovery_predictor_port: int | None = None  # on every host that was found
+    discovery_profile: str | None = None
+    instance_allow: list[str] = []  # hosts and networks that /admin/instances may add; empty: all
     policy: str = "block"
     length_estimator: str = "history"
     predict: Literal["local", "remote"] = "local"
     count_tokens: Literal["events", "usage"] = "events"  # of streams of instances with a profile
     seed: int | None = None
 
+    drift_factor: float = 2.0  # predictions off by more than this are wrong; 0: not looked at
     stale_after_s: float = 2.0  # a predictor silent for this long is no evidence
     unseen_after_s: float = 5.0  # a dispatched request that no snapshot shows counts for this long
     horizon_s: float = 600.0
     predict_timeout_s: float = 0.25  # with --predict remote
+    prediction_level: float = 0.9  # the share of requests that their prediction intervals shall hold for
+    admission: Literal["all", "deadline"] = "all"  # deadline: 429 where no instance is expected to meet a request's SLO
+    admission_confidence: float = 0.5  # the probability of meeting it that is asked for
+    objectives: dict[str, int] = {}  # priorities by the name in x-llm-d-inference-objective
 
     max_concurrent_requests: int = 16384
     instance_in_flight_max: int = 4096
@@ -112,6 +137,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     header_timeout_s: float = 10.0  # a request's head must be whole by then
     body_timeout_s: float = 60.0
     idle_timeout_s: float = 75.0  # of a client's connection between two requests
+    sse_keep_alive_s: float = 0.0  # comments in a silent stream that often; 0: none
     request_bytes_max: int = 32 * 1024 * 1024
     header_bytes_max: int = 32 * 1024
 
@@ -123,14 +149,29 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     cb_open_s: float = 5.0
     hang_after_s: float = 0.75  # all streams of an instance silent for this long: no new requests to it; 0: off
     shutdown_grace_period_s: float = 60.0
+    continue_streams: int = 0  # how often a stream whose instance died goes on elsewhere; 0: never, and nothing is kept
+    continue_silent_s: float = 2.0  # with continue_streams: what waits at an instance that hangs for this long moves
+
+    tls_cert_path: str | None = None
+    tls_key_path: str | None = None
+    tls_ca_path: str | None = None  # of clients' certificates, which are then wanted
+    upstream_ca_path: str | None = None  # of https:// instances and predictors
+    upstream_cert_path: str | None = None
+    upstream_key_path: str | None = None
 
     api_keys: list[str] = []
     api_key_file: str | None = None
     admin_key: str | None = None
     decisions_kept: int = 4096
+    log_requests: str | None = None  # file of finished requests, JSON lines
+    log_prompts: Literal["off", "features", "full"] = "off"
+    log_requests_bytes_max: int = 64 * 1024 * 1024  # of one file
+    log_requests_files_max: int = 4
+    recent_kept: int = 16384  # arrivals and ends that /admin/recent can tell
     decision_headers: bool = True
     passthrough: tuple[str, ...] = PASSED_THROUGH  # paths (prefixes) of other routes that go to an instance
     config_file: str | None = None
+    tracing: bool = False  # OpenTelemetry, set up by OTEL_* variables
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
@@ -140,7 +181,15 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             value = getattr(self, name)
             if kind in (int, float) and value < 0:
                 raise ConfigError(f"{name} must not be negative, not {value}.")
+        for name, low, high in (("prediction_level", 0.5, 0.999), ("admission_confidence", 0.01, 0.99)):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} must be in {low}-{high}, not {getattr(self, name)}.")
+        if self.admin_port is not None and not 0 <= self.admin_port <= 65535:
+            raise ConfigError(f"admin_port must be in 0-65535, not {self.admin_port}.")
+        if self.discovery_interval_s < 0.05:
+            raise ConfigError("discovery_interval_s must be at least 0.05.")
         for name in (
+            "workers",
             "max_concurrent_requests",
             "instance_in_flight_max",
             "request_bytes_max",
@@ -172,13 +221,15 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def check_url(field: str, url: str) -> None:
-    """Raises ConfigError unless this is an ``http://`` URL with a host and at most a path."""
+    """Raises ConfigError unless this is an ``http://`` or ``https://`` URL with a host and at most a path."""
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
         raise ConfigError(f"The {field} {url!r} is not a URL: {error}.") from error
-    if parts.scheme != "http" or not parts.hostname or port == 0 or parts.query or parts.fragment or parts.username:
+    written = _HOST.fullmatch(parts.netloc) and _PATH.fullmatch(parts.path)  # both become part of a request's head
+    more = port == 0 or parts.query or parts.fragment or parts.username
+    if parts.scheme not in ("http", "https") or not written or not parts.hostname or more:
         raise ConfigError(f"The {field} must look like http://host:port, not {url!r}.")
 
 
@@ -241,7 +292,10 @@ def dump_config(config: GatewayConfig) -> str:
         elif name in ("api_keys", "admin_key"):
             lines.append(f"{name} = {_toml(['***' for _ in value] if isinstance(value, list) else '***')}")
         elif name != "config_file":
-            lines.append(f"{name} = {_toml(value)}")
+            shown = (
+                f"{{ {', '.join(f'{_toml(k)} = {v}' for k, v in value.items())} }}" if isinstance(value, dict) else None
+            )
+            lines.append(f"{name} = {shown or _toml(value)}")
     return "\n".join(lines + tables) + "\n"
 
 
@@ -285,6 +339,12 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             given[name] = [parse_instance(part) for part in text.split()]
         elif hints[name] in (list[str], tuple[str, ...]):
             given[name] = text.split()
+        elif hints[name] == dict[str, int]:
+            given[name] = {key: value for key, _, value in (part.partition("=") for part in text.split())}
+            try:
+                given[name] = msgspec.convert(given[name], dict[str, int], strict=False)
+            except msgspec.ValidationError as error:
+                raise ConfigError(f"{ENVIRONMENT_PREFIX}{name.upper()} must be like NAME=1 NAME=2: {error}.") from error
         else:
             try:
                 given[name] = msgspec.convert(text, hints[name], strict=False)

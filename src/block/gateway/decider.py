@@ -11,16 +11,21 @@ from random import Random
 from time import monotonic
 from typing import Any, Final
 
+import msgspec
+import numpy as np
+
 from block.core import Candidate, Decision, InstanceId, Load, Prediction, Request
 from block.errors import BlockError
 from block.gateway.blackbox import BlackBox
 from block.gateway.config import GatewayConfig
+from block.gateway.drift import SNAPSHOTS, Drift
 from block.gateway.evidence import Evidence
 from block.gateway.exchange import Exchange
 from block.gateway.expectations import Expectations
 from block.gateway.lengths import HeaderLengths
 from block.gateway.metrics import Metrics
 from block.gateway.pool import Instance, Pool
+from block.gateway.prefixes import Prefixes
 from block.gateway.remote import RemotePredictors
 from block.policy.choose import decide
 from block.policy.rank import Evidence as Needs
@@ -38,16 +43,34 @@ class Decider:
     def __init__(
         self, config: GatewayConfig, pool: Pool, policy: Policy, estimator: Any, metrics: Metrics, rng: Random
     ) -> None:
-        self.policy, self.estimator = policy, estimator
+        self.estimator = estimator
         self.remote: RemotePredictors | None = None
         self.expectations = Expectations(estimator)
+        self.policy = policy
         self.evidence: dict[InstanceId, Evidence] = {}
         self.boxes: dict[InstanceId, BlackBox] = {}
         """The modelled engines of instances without a predictor."""
         self._config, self._pool, self._metrics, self._rng = config, pool, metrics, rng
+        self.drift = Drift(config.drift_factor)
         self._fewest = make_policy("least-outstanding")
+        self.prefixes = Prefixes()
         self._oracle = Oracle()
         self._bare: dict[InstanceId, Candidate] = {}
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force; what it believes of running requests is looked up with it."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy = policy
+        self.expectations.belief = policy.belief
+
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether it matters to the policy what the instances hold of a prompt."""
+        return self._policy.rank.prefix
 
     def policy_for(self, exchange: Exchange) -> Policy:
         """What generates nothing (embeddings, tokenize) needs no prediction."""
@@ -60,14 +83,17 @@ class Decider:
     def decide(self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId]) -> Decision:
         """Choose among ``ids`` (at least one)."""
         started_s = time.perf_counter()
-        candidates = self.candidates(exchange, policy, policy.shortlist.choose(ids, self._rng))
-        return self._decided(decide(policy, exchange.request, candidates, self._rng), started_s)
+        shortlist = policy.shortlist.choose(ids, self._rng)
+        candidates = self.candidates(exchange, policy, shortlist)
+        if self.drift.wrong and policy.rank.needs is Needs.PREDICTION:
+            candidates = self._with_load(candidates)
+        return self._decided(self._ranked(exchange, policy, candidates), started_s)
 
     async def decide_remotely(self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId]) -> Decision | None:
         """The same, with the predictions of the predictors themselves; ``None``: nobody is left after waiting."""
         assert self.remote is not None
         started_s = time.perf_counter()
-        self._estimate(exchange)
+        self.estimate(exchange)
         shortlist = policy.shortlist.choose(ids, self._rng)
         predictions = await self.remote.ask(shortlist, exchange.request, exchange.expected_total)
         now_s = time.time()
@@ -79,7 +105,27 @@ class Decider:
                     self._metrics.evidence_missing.labels(instance_id).inc()
         if not candidates:
             return None
-        return self._decided(decide(policy, exchange.request, candidates, self._rng), started_s)
+        return self._decided(self._ranked(exchange, policy, candidates), started_s)
+
+    def _ranked(self, exchange: Exchange, policy: Policy, candidates: list[Candidate]) -> Decision:
+        """By the policy, or by counters where a candidate's predictions are known to be wrong."""
+        used, why = self.drift.instead_of(policy, [candidate.instance for candidate in candidates])
+        decision = decide(used, exchange.request, candidates, self._rng)
+        return decision if why is None else msgspec.structs.replace(decision, policy=policy.name, fallback=why)
+
+    def _with_load(self, candidates: list[Candidate]) -> list[Candidate]:
+        """The counters beside the predictions. Those of an instance whose snapshots are wrong are the gateway's own books."""
+        now_s = time.time()
+        books = SNAPSHOTS in self.drift.wrong.values()
+        return [
+            msgspec.structs.replace(c, load=self._books(c.instance) if books else self._load(c.instance, now_s))
+            for c in candidates
+        ]
+
+    def _books(self, instance_id: InstanceId) -> Load:
+        instance = self._pool.instances[instance_id]
+        in_flight = instance.in_flight
+        return Load(in_flight, 0, in_flight, 0, float(instance.in_flight_tokens), instance.sent.advance(monotonic()))
 
     def _decided(self, decision: Decision, started_s: float) -> Decision:
         self._metrics.decision_time.observe(time.perf_counter() - started_s)
@@ -94,14 +140,19 @@ class Decider:
         needs = policy.rank.needs
         if needs is Needs.NOTHING:
             return [self._bare.get(i) or self._bare.setdefault(i, Candidate(i)) for i in ids]
-        self._estimate(exchange)
+        self.estimate(exchange)
         now_s = time.time()
-        predictions = self._predict(exchange, ids, now_s, harm=policy.rank.harm) if needs is Needs.PREDICTION else None
+        hits, predictions = self.prefixes.hits(exchange.request, ids, self.evidence), None
+        if needs is Needs.PREDICTION:
+            predictions = self._predict(exchange, ids, hits, now_s, harm=policy.rank.harm)
         if predictions is None:  # counters for all: a prediction is never compared with a counter
-            return [Candidate(i, self._load(i, now_s)) for i in ids]
-        return [Candidate(i, None, prediction) for i, prediction in zip(ids, predictions, strict=True)]
+            return [Candidate(i, self._load(i, now_s), None, hit) for i, hit in zip(ids, hits, strict=True)]
+        return [Candidate(i, None, p, hit) for i, p, hit in zip(ids, predictions, hits, strict=True)]
 
-    def _estimate(self, exchange: Exchange) -> None:
+    def estimate(self, exchange: Exchange) -> None:
+        """What it will probably generate, asked once in its life."""
+        if exchange.estimate is not None:
+            return
         if isinstance(self.estimator, HeaderLengths):
             self.estimator.listen(exchange.request, exchange.http)
         exchange.estimate = estimate = self.estimator.estimate(exchange.request)
@@ -113,14 +164,14 @@ class Decider:
         return self.evidence[instance_id].load(instance.in_flight, recent, instance.in_flight_tokens, now_s)
 
     def _predict(
-        self, exchange: Exchange, ids: Sequence[InstanceId], now_s: float, *, harm: bool
+        self, exchange: Exchange, ids: Sequence[InstanceId], hits: list[int], now_s: float, *, harm: bool
     ) -> list[Prediction] | None:
         """A what-if on every candidate in one call; ``None`` where one of them has no usable evidence."""
         started_s = time.perf_counter()
         mirrors = [mirror for i in ids if (mirror := self._mirror(i, now_s)) is not None]
         if len(mirrors) < len(ids):
             return None
-        predictions = self._ask(exchange, ids, mirrors, now_s, harm=harm)
+        predictions = self._ask(exchange, ids, mirrors, hits, now_s, harm=harm)
         self._metrics.predict_time.observe(time.perf_counter() - started_s)
         return predictions
 
@@ -136,15 +187,18 @@ class Decider:
         return mirror
 
     def _ask(
-        self, exchange: Exchange, ids: Sequence[InstanceId], mirrors: list[Mirror], now_s: float, *, harm: bool
-    ) -> list[Prediction] | None:
+        self, exchange: Exchange, ids: Sequence[InstanceId], mirrors: list[Mirror], hits: list[int], now_s: float, *,
+        harm: bool,
+    ) -> list[Prediction] | None:  # fmt: skip
         request = exchange.request
         question: dict[str, Any] = {
             "prompt_tokens": request.prompt_tokens, "max_tokens": self.max_tokens(request, ids[0]),
             "output_tokens": exchange.expected_total, "now_s": now_s, "horizon_s": self._config.horizon_s, "harm": harm,
+            "priority": request.priority,
         }  # fmt: skip
+        found = np.array(hits, np.int32) if any(hits) else None
         try:
-            predictions = self._oracle.predict_all(mirrors, **question)
+            predictions = self._oracle.predict_all(mirrors, **question, hits=found)
         except MODEL_ERRORS:
             for instance_id, mirror in zip(ids, mirrors, strict=True):  # whose fault was it?
                 try:
@@ -171,11 +225,18 @@ class Decider:
 
     def sent(self, exchange: Exchange, instance: Instance) -> None:
         """A request goes to an instance: it counts there until a snapshot shows it (if the policy estimated it)."""
+        self._book(exchange, instance)
+        self.prefixes.sent(exchange.request, instance.id, self.evidence.get(instance.id))
+
+    def _book(self, exchange: Exchange, instance: Instance) -> None:
         box = self.boxes.get(instance.id) if exchange.generating else None
         if exchange.expected_total and (instance.config.predictor is not None or box is not None):
             request = exchange.request
             limit = self.max_tokens(request, instance.id)
-            exchange.key = self.evidence[instance.id].sent(request, limit, exchange.expected_total, time.time())
+            believed = self.expectations.believed(exchange.estimate, exchange.expected_total)
+            evidence = self.evidence[instance.id]
+            hit_tokens = self.prefixes.hit_tokens(request, instance.id, evidence)
+            exchange.key = evidence.sent(request, limit, believed, time.time(), hit_tokens)
             self.expectations.expect(exchange.key, exchange.estimate)
             if box is not None:
                 box.sent(exchange.key, request.prompt_tokens, limit, exchange, exact=request.exact_output)
@@ -195,5 +256,7 @@ class Decider:
     def forget(self, instance_id: InstanceId) -> None:
         """An instance left."""
         self.evidence.pop(instance_id, None)
+        self.drift.forget(instance_id)
         self.boxes.pop(instance_id, None)
+        self.prefixes.forget(instance_id)
         self._bare.pop(instance_id, None)

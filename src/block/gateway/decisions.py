@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from block.core import Decision, Prediction
+from block.core import Decision
+from block.gateway.residuals import Interval
 
 if TYPE_CHECKING:
     from block.errors import BlockError
@@ -12,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class _Record:
-    __slots__ = ("decision", "outcome", "request")
+    __slots__ = ("decision", "interval", "outcome", "request")
 
-    def __init__(self, decision: Decision, request: Any) -> None:
-        self.decision, self.request = decision, request
+    def __init__(self, decision: Decision, request: Any, interval: Interval | None) -> None:
+        self.decision, self.request, self.interval = decision, request, interval
         self.outcome: dict[str, Any] | None = None
 
 
@@ -33,7 +34,7 @@ class Decisions:
         records = self._records
         if len(records) >= self._kept:
             del records[next(iter(records))]
-        records[exchange.request.id] = _Record(exchange.decision, exchange.request)
+        records[exchange.request.id] = _Record(exchange.decision, exchange.request, exchange.interval)
 
     def finish(self, exchange: "Exchange", error: "BlockError | None") -> None:
         """What came of it."""
@@ -70,6 +71,7 @@ class Decisions:
                 "evidence": decision.evidence,
                 "fallback": decision.fallback,
                 "chosen": decision.instance,
+                "interval": record.interval and _rounded(record.interval),
                 "candidates": [
                     {"instance": c.instance, "cost": cost, "load": c.load, "prediction": _rounded(c.prediction)}
                     for c, cost in zip(decision.candidates, decision.costs, strict=True)
@@ -79,8 +81,8 @@ class Decisions:
         )  # fmt: skip
 
 
-def _rounded(prediction: Prediction | None) -> Any:
-    if prediction is None:
+def _rounded(seconds: msgspec.Struct | None) -> Any:
+    if seconds is None:
         return None
-    fields = msgspec.structs.asdict(prediction)
+    fields = msgspec.structs.asdict(seconds)
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in fields.items()}

@@ -20,7 +20,7 @@ evidence, the policy falls back, and the fallback is counted.
 """
 
 import asyncio
-import math
+import logging
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from time import monotonic
@@ -28,14 +28,22 @@ from typing import Any, Final
 
 from block.core import Decision, InstanceId
 from block.errors import BlockError, ClientError, InstanceUnreachableError
+from block.gateway.admission import Waits, retry_lines, shortfall_s
 from block.gateway.config import GatewayConfig
 from block.gateway.decider import Decider
 from block.gateway.decisions import Decisions
 from block.gateway.exchange import Exchange
+from block.gateway.holding import Holding
+from block.gateway.learning import Learning
 from block.gateway.lessons import Lessons
 from block.gateway.metrics import Metrics
 from block.gateway.pool import Instance, Pool
+from block.gateway.recent import Recent
+from block.gateway.tracing import Tracing
 from block.policy.table import Policy
+
+AGAIN_S: Final = 0.1
+log = logging.getLogger("block.gateway")
 
 
 class Dispatcher:
@@ -47,6 +55,7 @@ class Dispatcher:
     ) -> None:  # fmt: skip
         self.config, self.pool, self.decider, self.lessons, self.metrics = config, pool, decider, lessons, metrics
         self.decisions = Decisions(config.decisions_kept)
+        self.recent = Recent(config.recent_kept)
         self.decision_headers = config.decision_headers
         self.draining = False
         self.active: set[Exchange] = set()
@@ -55,13 +64,18 @@ class Dispatcher:
         self._loop = loop
         self._tasks: set[asyncio.Task[None]] = set()
         self._finished = deque[float](maxlen=256)
+        self.tracing: Tracing | None = None
+        self._waits = Waits()
         self._over = asyncio.Event()
+        self.holding = Holding(self, loop)
+        self.learning = Learning()
 
     # Admission
 
     def start(self, exchange: Exchange) -> None:
         """Take a request in."""
         self.metrics.model(exchange.request.model).requests.inc()
+        self.recent.arrived(exchange)
         self.budget.deposit()
         if len(self.active) >= self.config.max_concurrent_requests:
             self._enqueue(exchange)
@@ -79,19 +93,23 @@ class Dispatcher:
 
     def _shed(self, exchange: Exchange, reason: str, message: str) -> None:
         self.metrics.rejected.labels(reason).inc()
-        extra = b"retry-after: %d\r\nx-llm-d-request-dropped-reason: rejected-%b\r\n" % (
-            self.expected_wait_s(),
-            reason.replace("_", "-").encode(),
-        )
-        exchange.refuse(ClientError(429, message, kind="rate_limit_error", code=reason), extra)
+        wait_s = self._waits.expected_s(self.active, len(self.queue), self._finished)
+        exchange.refuse(ClientError(429, message, kind="rate_limit_error", code=reason), retry_lines(wait_s, reason))
 
-    def expected_wait_s(self) -> int:
-        """Whole seconds until a slot is free for one more, at the pace of the last finished requests; 1-60."""
-        finished = self._finished
-        if len(finished) < 2 or monotonic() <= finished[0]:
-            return 1
-        pace = len(finished) / (monotonic() - finished[0])
-        return max(1, min(60, math.ceil((len(self.queue) + 1) / pace)))
+    def hopeless(self, exchange: Exchange, decision: Decision) -> bool:
+        """Refuse a request whose targets no instance is expected to meet, where that is asked for."""
+        slo = exchange.request.slo
+        if slo is None or self.config.admission != "deadline" or exchange.attempts:
+            return False
+        residuals, confidence = self.lessons.residuals, self.config.admission_confidence
+        short_s = shortfall_s(slo, decision, residuals, confidence, monotonic() - exchange.arrived_s)
+        if short_s is None:
+            return False
+        reason = "slo_infeasible"
+        self.metrics.rejected.labels(reason).inc()
+        message = f"No instance is expected to meet the request's targets now; it may in {short_s:.1f} s."
+        exchange.refuse(ClientError(429, message, kind="rate_limit_error", code=reason), retry_lines(short_s, reason))
+        return True
 
     def _pull(self) -> None:
         """A slot is free: the next in the queue goes."""
@@ -99,7 +117,7 @@ class Dispatcher:
             exchange = self.queue.popleft()
             if exchange.over:
                 continue
-            if not self._eligible(exchange) and self.pool.full(exchange.request.model):
+            if not self.eligible(exchange) and self.pool.full(exchange.request.model):
                 self.queue.appendleft(exchange)
                 return
             self.metrics.queue_time.observe(monotonic() - exchange.queued_s)
@@ -108,32 +126,37 @@ class Dispatcher:
 
     # Decision and sending
 
-    def _eligible(self, exchange: Exchange) -> Sequence[InstanceId]:
+    def eligible(self, exchange: Exchange) -> Sequence[InstanceId]:
+        """Instances that may get it, those that failed it left out."""
         ids = self.pool.eligible(exchange.request.model)
         return [i for i in ids if i not in exchange.tried] if exchange.tried else ids
 
     def _dispatch(self, exchange: Exchange) -> None:
-        ids = self._eligible(exchange)
+        ids = self.eligible(exchange)
         if not ids:
-            self._nobody(exchange)
+            self.nobody(exchange)
             return
         policy = self.decider.policy_for(exchange)
         if self.decider.asks_remotely(policy):
             self._spawn(self._dispatch_remotely(exchange, policy, ids))
+        elif policy.hold is None or exchange.tried:
+            self.send(exchange, self.decider.decide(exchange, policy, ids))
         else:
-            self._send(exchange, self.decider.decide(exchange, policy, ids))
+            self.holding.offer(exchange, policy.hold)
 
     async def _dispatch_remotely(self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId]) -> None:
         decision = await self.decider.decide_remotely(exchange, policy, ids)
         if exchange.over:
             return
         if decision is None:
-            self._nobody(exchange)
+            self.nobody(exchange)
         else:
-            self._send(exchange, decision)
+            self.send(exchange, decision)
 
-    def _nobody(self, exchange: Exchange) -> None:
+    def nobody(self, exchange: Exchange) -> None:
         """There is no instance for it: all failed it, all are full, or none is ready."""
+        if self._wait_for_somebody(exchange):
+            return
         why = self.pool.why_none()
         if exchange.tried:
             message = f"No instance could answer: {why}."
@@ -144,14 +167,24 @@ class Dispatcher:
             error = ClientError(503, f"No instance is ready: {why}.", kind="server_error", code="no_ready_endpoint")
             exchange.refuse(error, b"retry-after: 1\r\n")
 
-    def _send(self, exchange: Exchange, decision: Decision) -> None:
+    def send(self, exchange: Exchange, decision: Decision) -> None:
+        """Send it where the decision says."""
+        if exchange.request.slo is not None and self.hopeless(exchange, decision):
+            return
         instance = self.pool.instances[decision.instance]
         exchange.decision, exchange.instance = decision, instance
         exchange.attempts += 1
-        exchange.prediction = decision.candidates[_place(decision)].prediction
+        exchange.prediction = prediction = decision.candidates[_place(decision)].prediction
+        exchange.decided_s = now_s = monotonic()
+        exchange.interval = None
+        if prediction is not None:
+            exchange.interval = self.lessons.residuals.interval(
+                instance.id, prediction, exchange.estimate, exchange.expected_total, now_s
+            )
         self.decisions.note(exchange)
+        self.recent.decided(exchange)
         exchange.tokens = exchange.request.prompt_tokens + exchange.expected_total
-        self.pool.started(instance, exchange.tokens, monotonic())
+        self.pool.started(instance, exchange.tokens, now_s)
         self.decider.sent(exchange, instance)
         self.metrics.sent_to(instance.id).inc()
         connection = instance.connections.take()
@@ -166,8 +199,9 @@ class Dispatcher:
         if instance is None:
             return
         self.pool.ended(instance, exchange.tokens)
-        if exchange.sse:
+        if exchange.streaming:
             instance.streaming -= 1
+            exchange.streaming = False
         self.decider.over(exchange, instance)
 
     async def _connect(self, exchange: Exchange, instance: Instance) -> None:
@@ -210,7 +244,10 @@ class Dispatcher:
             exchange.resent = True
             exchange.connecting = self._spawn(self._connect(exchange, instance))
             return
-        self.pool.failed(instance, str(error), monotonic(), refused=refused)
+        if refused or instance.suspect is None:
+            self.pool.failed(instance, str(error), monotonic(), refused=refused)
+        if instance.failures_in_row == 1:  # its first: if it died, all that it had in flight wants to be sent again
+            self.budget.credit(instance.in_flight - 1)
         if refused or self._may_retry(exchange):
             self._again(exchange, "refused" if refused else "broken")
             return
@@ -223,7 +260,7 @@ class Dispatcher:
     def _may_retry(self, exchange: Exchange) -> bool:
         """There is somebody else, it has not been tried too often, and the budget (which this takes from) allows it."""
         assert exchange.instance is not None
-        others = any(i != exchange.instance.id for i in self._eligible(exchange))
+        others = any(i != exchange.instance.id for i in self.eligible(exchange))
         return others and exchange.attempts <= self.config.retries and self.budget.withdraw()
 
     def _again(self, exchange: Exchange, reason: str) -> None:
@@ -234,6 +271,53 @@ class Dispatcher:
         self._unbook(exchange)
         self._dispatch(exchange)
 
+    # Going on in mid-stream
+
+    def continues(self, exchange: Exchange, error: BlockError) -> bool:
+        """The answer of an instance broke off after it had begun: whether the client gets the rest from another one."""
+        tape, instance = exchange.tape, exchange.instance
+        assert tape is not None
+        assert instance is not None
+        if not tape.can_continue or tape.attempts >= self.config.continue_streams:
+            return False
+        if instance.suspect is None:  # a suspect one gets nothing as it is, and is back as soon as it moves
+            self.pool.failed(instance, str(error), monotonic(), refused=False)
+        self.metrics.continued.labels(instance.id).inc()
+        self._unbook(exchange)
+        if tape.complete:
+            exchange.complete()
+            return True
+        log.info("a stream goes on after %d tokens: %s %s", tape.count, instance.id, error)
+        exchange.tried, exchange.attempts, exchange.resent = {instance.id}, 0, False
+        exchange.request = tape.again(monotonic())
+        self._dispatch(exchange)
+        return True
+
+    def _wait_for_somebody(self, exchange: Exchange) -> bool:
+        """Nobody can take the rest of a stream now: look again in a moment, for as long as requests may queue."""
+        tape = exchange.tape
+        if tape is None or not tape.attempts or monotonic() - tape.broke_s > self.config.queue_timeout_s:
+            return False
+        exchange.tried.clear()
+        self._loop.call_later(AGAIN_S, lambda: None if exchange.over else self._dispatch(exchange))
+        return True
+
+    def move_from_the_silent(self, now_s: float) -> None:
+        """What waits at an instance that has been silent for too long is asked of another one."""
+        after_s = self.config.continue_silent_s
+        silent = [
+            i for i in self.pool.instances.values() if i.suspect and i.in_flight and now_s - i.last_byte_s > after_s
+        ]
+        if not silent or not any(not i.suspect for i in self.pool.ready()):
+            return
+        for exchange in [x for x in self.active if x.instance in silent and now_s - x.sent_s > after_s]:
+            if exchange.head_sent:
+                movable = exchange.tape is not None and exchange.tape.can_continue
+            else:
+                movable = exchange.attempts <= self.config.retries and self.budget.left >= 1
+            if movable:
+                exchange.lose(f"was silent for {after_s:g} s")
+
     # The end
 
     def ended(self, exchange: Exchange, error: BlockError | None) -> None:
@@ -243,6 +327,8 @@ class Dispatcher:
         exchange.over = True
         self.active.discard(exchange)
         instance = exchange.instance
+        if exchange.tape is not None and exchange.tape.attempts:  # what was decided last is not what was asked first
+            exchange.request, exchange.prediction = exchange.tape.request, None
         if error is not None:
             self.metrics.errors.labels(_code(error)).inc()
             if instance is not None and exchange.head_sent and not isinstance(error, ClientError):
@@ -255,10 +341,16 @@ class Dispatcher:
                 self.metrics.errors.labels(str(exchange.status)).inc()
             else:
                 self.lessons.take(exchange)
+                self.learning.take(self.decider.policy, exchange)
+                self.decider.drift.take(exchange)
         self.decisions.finish(exchange, error)
+        self.recent.ended(exchange, error)
+        if self.tracing is not None:
+            self.tracing.end(exchange, error)
         self._unbook(exchange)
         self._over.set()
         self._finished.append(monotonic())
+        self.holding.ended += 1
         if self.queue:
             self._loop.call_soon(self._pull)
 
@@ -269,6 +361,8 @@ class Dispatcher:
             self.active.discard(exchange)
             self.metrics.disconnects.inc()
             self.decisions.finish(exchange, None)
+            if self.tracing is not None:
+                self.tracing.end(exchange, None)
             self._unbook(exchange)
             self._over.set()
             if self.queue:
@@ -282,6 +376,12 @@ class Dispatcher:
             exchange.timed_out()
         for exchange in [x for x in self.active if x.paused_s and now_s - x.paused_s > stall_s]:
             exchange.client.abort()
+        if keep_s := self.config.sse_keep_alive_s:
+            for exchange in [x for x in self.active if x.sse and now_s - x.heard_s > keep_s]:
+                exchange.keep_client(now_s)
+        self.decider.drift.look(now_s, self.decider.evidence)
+        if self.config.continue_streams:
+            self.move_from_the_silent(now_s)
         while self.queue and (self.queue[0].over or now_s - self.queue[0].queued_s > self.config.queue_timeout_s):
             exchange = self.queue.popleft()
             if not exchange.over:
@@ -319,6 +419,10 @@ class RetryBudget:
 
     def deposit(self) -> None:
         self.left = min(self.left + self._fraction, self.MOST)
+
+    def credit(self, retries: int) -> None:
+        """So many may be needed now, whatever the share of the requests."""
+        self.left = min(self.left + retries, max(self.left, self.MOST))
 
     def withdraw(self) -> bool:
         if self.left < 1:

@@ -7,8 +7,11 @@ it (`expectations`).
 Between a dispatch and the first snapshot that shows it an instance would look emptier than it is, and simultaneous
 arrivals would herd. So each dispatch is also written into a ledger of *unseen* requests, which count in every what-if and
 every counter until the key shows up, the answer ends, or ``unseen_after_s`` passes (a predictor that lies or an engine
-that lost it). Evidence is *stale* when its predictor fell silent, or when the engine has requests running and its state
-stands still. Stale is not false: it is simply not used.
+that lost it). A snapshot that tells only how many requests there are (anonymous, or of a queue longer than it lists)
+shows as many of ours as it counts, the earliest dispatched first; the others stay unseen.
+
+Evidence is *stale* when its predictor fell silent, or when the engine has requests running and its state stands still.
+Stale is not false: it is simply not used.
 
 Times are wall-clock seconds, as in snapshots; ages of frames are measured on this host alone.
 """
@@ -22,7 +25,7 @@ from block.engine.limits import EngineLimits
 from block.errors import BadInputError, ConfigError
 from block.gateway.expectations import Expectations, KeptTotals
 from block.predict.snapshot import BLOCKS, COMPUTED, PROMPT, EngineSnapshot, decode, request_key
-from block.predict.whatif import Mirror
+from block.predict.whatif import Mirror, prefill_tokens_per_s
 from block.steptime.profile import StepTimeProfile
 
 REQUESTS_MAX: Final = 16384
@@ -38,6 +41,8 @@ class Unseen(NamedTuple):
     max_tokens: int
     expected_total: int
     dispatched_s: float
+    priority: int = 0
+    hit_tokens: int = 0
 
 
 class Counters(NamedTuple):
@@ -64,6 +69,8 @@ class Evidence:
         self.problem: str | None = "no predictor"
         """Why there is no evidence; ``None`` when there is."""
         self.frames = 0
+        self.unshown = 0
+        """Requests that were in flight for ``unseen_after_s`` and in no snapshot, of an engine that showed too few."""
         self._totals = KeptTotals(expectations)
         self._frame: bytes | None = None
         self._received_s = self._taken_s = 0.0
@@ -75,6 +82,9 @@ class Evidence:
         self._loaded = False
         self._counters: Counters | None = None
         self._unseen: dict[int, Unseen] = {}
+        self._pace_of: Mirror | None = None
+        self._tokens_per_s = 0.0
+        self._sent: dict[int, Unseen] = {}  # all that are there and not over, in order of dispatch
 
     # Fed
 
@@ -91,11 +101,12 @@ class Evidence:
         """The predictor is gone; what it said last ages."""
         self.problem = problem
 
-    def sent(self, request: Request, max_tokens: int, expected_total: int, now_s: float) -> int:
-        """A request was dispatched to this instance; returns its key."""
+    def sent(self, request: Request, max_tokens: int, expected_total: int, now_s: float, hit_tokens: int = 0) -> int:
+        """A request was dispatched to this instance; returns its key. ``hit_tokens``: found in its prefix cache."""
         key = request_key(request.id)
         total = max(1, min(expected_total, max_tokens))
-        self._unseen[key] = unseen = Unseen(key, request.prompt_tokens, max_tokens, total, now_s)
+        unseen = Unseen(key, request.prompt_tokens, max_tokens, total, now_s, request.priority, hit_tokens)
+        self._unseen[key] = self._sent[key] = unseen
         if self._loaded and self._mirror is not None:
             self._mirror.add(*unseen)
         return key
@@ -103,6 +114,7 @@ class Evidence:
     def ended(self, key: int) -> None:
         """Its answer is over (the mirror forgets it with the next snapshot)."""
         self._unseen.pop(key, None)
+        self._sent.pop(key, None)
 
     def spoiled(self, problem: str) -> None:
         """The engine model could not work with this snapshot: unusable until another comes."""
@@ -181,10 +193,19 @@ class Evidence:
         return Load(
             self._running, waiting, self._running + waiting, counters.waiting_tokens + prompts,
             counters.unprocessed_tokens + tokens, sent_last_minute, counters.kv_blocks_free, counters.kv_blocks_total,
-            counters.block_size, max(0.0, now_s - self._taken_s),
+            counters.block_size, max(0.0, now_s - self._taken_s), self._pace(),
         )  # fmt: skip
 
     # Inside
+
+    def _pace(self) -> float | None:
+        """Prompt tokens per second of full steps, by its step times."""
+        mirror, limits = self._mirror, self._limits
+        if mirror is None or limits is None:
+            return None
+        if self._pace_of is not mirror:
+            self._pace_of, self._tokens_per_s = mirror, prefill_tokens_per_s(mirror.curve, limits)
+        return self._tokens_per_s
 
     def _read(self, now_s: float) -> bool:
         """Decode the newest frame if that is still to do; whether there is a snapshot."""
@@ -202,7 +223,9 @@ class Evidence:
             return True  # older than what is known
         self.snapshot, self._loaded, self._counters = snapshot, False, None
         self._taken_s, self._running = snapshot.taken_s, snapshot.running
-        if self._unseen:
+        if snapshot.anonymous:
+            self._settle_by_number(snapshot)
+        elif self._unseen:
             self._settle(snapshot, now_s)
         return True
 
@@ -210,9 +233,23 @@ class Evidence:
         """Strike from the ledger what the snapshot shows, and what waited too long to be shown."""
         for key in self._unseen.keys() & set(snapshot.keys.tolist()):
             del self._unseen[key]
-        overdue = now_s - self.unseen_after_s
-        for key in [unseen.key for unseen in self._unseen.values() if unseen.dispatched_s < overdue]:
+        unlisted = snapshot.waiting_total - snapshot.waiting
+        if unlisted > 0:
+            for key in [u.key for u in self._unseen.values() if u.dispatched_s < snapshot.taken_s][:unlisted]:
+                del self._unseen[key]
+        overdue_s = now_s - self.unseen_after_s
+        overdue = [unseen.key for unseen in self._unseen.values() if unseen.dispatched_s < overdue_s]
+        if overdue and len(self._unseen) > self._running + int(snapshot.header["waiting_total"]):
+            self.unshown += len(overdue)
+        for key in overdue:
             del self._unseen[key]
+
+    def _settle_by_number(self, snapshot: EngineSnapshot) -> None:
+        """Of a snapshot without names: what it does not count is unseen, and so is what was dispatched after it was taken."""
+        before = [unseen for unseen in self._sent.values() if unseen.dispatched_s < snapshot.taken_s]
+        later = list(self._sent.values())[len(before) :]
+        counted = snapshot.running + snapshot.waiting_total
+        self._unseen = {unseen.key: unseen for unseen in before[counted:] + later}
 
     def _count(self, now_s: float) -> Counters:
         snapshot = self.snapshot

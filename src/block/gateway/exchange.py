@@ -14,9 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 from block.core import Decision, Prediction, Request
 from block.errors import ClientError, InstanceUnreachableError, StreamBrokenError
 from block.gateway.answers import AnswerHead
+from block.gateway.continuation import Tape
+from block.gateway.headers import prediction_lines
 from block.gateway.http1 import LAST_CHUNK, HttpRequest, answer_head, chunk, request_head
 from block.gateway.openai import error_object
 from block.gateway.pool import Instance
+from block.gateway.recent import Arrived
+from block.gateway.residuals import Interval
 from block.gateway.upstream import UpstreamConnection
 from block.gateway.usage import UsageStrip, asking_for_usage
 
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from block.gateway.dispatch import Dispatcher
     from block.gateway.proxy import ClientConnection
 
+KEEP_ALIVE: Final = chunk(b": keep-alive\n\n")
 RETRYABLE: Final = frozenset({429, 500, 502, 503, 504})
 
 
@@ -32,6 +37,7 @@ class Exchange:
 
     __slots__ = (
         "answered_s",
+        "arrival",
         "arrived_s",
         "asked_usage",
         "attempts",
@@ -40,6 +46,7 @@ class Exchange:
         "client",
         "connecting",
         "connection",
+        "decided_s",
         "decision",
         "dispatcher",
         "estimate",
@@ -48,26 +55,35 @@ class Exchange:
         "first_byte_s",
         "generating",
         "head_sent",
+        "heard_s",
+        "held_head",
         "http",
         "instance",
+        "interval",
         "keep_alive",
         "key",
         "last",
+        "output_tokens",
         "over",
         "overhead_s",
         "paused_s",
+        "plain",
         "prediction",
         "prompt_bytes",
         "queued_s",
         "request",
         "resent",
         "sent_s",
+        "span",
         "sse",
         "status",
         "stream",
+        "streaming",
         "strip",
+        "tape",
         "tokens",
         "tried",
+        "write",
     )  # fmt: skip
 
     def __init__(
@@ -83,6 +99,9 @@ class Exchange:
         self.connecting: asyncio.Task[None] | None = None
         self.decision: Decision | None = None
         self.prediction: Prediction | None = None
+        self.interval: Interval | None = None
+        """Around the prediction; both count from ``decided_s``."""
+        self.decided_s = arrived_s
         self.tried: set[str] = set()
         self.attempts = 0
         self.resent = False
@@ -90,14 +109,32 @@ class Exchange:
         self.tokens = 0
         self.expected_total = 0
         self.estimate: Any = None
+        self.arrival: Arrived | None = None
+        """Its place among the recent arrivals."""
+        self.output_tokens: int | None = None
+        """Of a whole answer, as counted at its end."""
         self.status = 0
         self.head_sent = self.sse = self.chunked = self.over = False
+        self.held_head = b""
+        """A stream's head, until its first byte: engines send it before they have done anything, and may still fail."""
         self.events = 0
         self.asked_usage = False
         """The instance is asked for usage that the client did not ask for."""
-        self.strip: UsageStrip | None = None
+        self.strip: UsageStrip | Tape | None = None
+        """What the answer's bytes go through on their way to the client."""
+        self.tape: Tape | None = None
+        """What of a streamed answer was given, where another instance may go on with it."""
+        self.plain = False
+        """Bytes go through as they come, and those before them did: the usual case of a stream, which must cost little."""
+        self.write = client.transport.write
+        self.streaming = False
+        """It is counted among its instance's streams."""
         self.before_last = self.last = b""
         """The last two reads of the answer, for the usage in them."""
+        self.heard_s = arrived_s
+        """When the client last got something of its stream."""
+        self.span: Any = None
+        """Of OpenTelemetry, where requests are traced."""
         self.queued_s = self.sent_s = self.first_byte_s = self.answered_s = self.paused_s = self.overhead_s = 0.0
 
     # Towards the instance
@@ -112,9 +149,20 @@ class Exchange:
         if not self.overhead_s:
             self.overhead_s = self.sent_s - self.arrived_s
             self.dispatcher.metrics.overhead.observe(self.overhead_s)
-        body = asking_for_usage(self.http.target, self.http.body) if instance.counts_usage and self.generating else None
-        self.asked_usage = body is not None
-        body = self.http.body if body is None else body
+        if self.tape is not None:
+            target, body = self.tape.target_and_body(self.http.target)
+            if self.tape.count:
+                extra += b"x-block-continued-tokens: %d\r\n" % self.tape.count
+            head = request_head(self.http, instance.host_header, extra, instance.prefix, body, target)
+            connection.send(self, head, body)
+            if self.paused_s:
+                connection.pause()
+            return
+        asking = (
+            asking_for_usage(self.http.target, self.http.body) if instance.counts_usage and self.generating else None
+        )
+        self.asked_usage = asking is not None
+        body = self.http.body if asking is None else asking
         connection.send(self, request_head(self.http, instance.host_header, extra, instance.prefix, body), body)
 
     @property
@@ -144,17 +192,28 @@ class Exchange:
             self._drop_connection()
             self.refuse(ClientError(505, "A streamed answer needs HTTP/1.1."))
             return
-        self.sse = head.fields.get(b"content-type", b"").startswith(b"text/event-stream")
-        self.chunked = head.chunked
+        sse = head.fields.get(b"content-type", b"").startswith(b"text/event-stream")
+        if self.head_sent:
+            self._go_on(head, sse, instance)
+            return
+        self.sse, self.chunked = sse, head.chunked
+        self.heard_s = instance.last_byte_s
         if head.length is None and not head.chunked:
             self.keep_alive = False
         self.keep_alive = self.keep_alive and not dispatcher.draining
-        if self.sse:
+        if sse:
             instance.streaming += 1
-            if self.asked_usage and head.length is None and b"content-encoding" not in head.fields:
+            self.streaming = True
+            if self.tape is not None:
+                self._use_tape(head)
+            elif self.asked_usage and head.length is None and b"content-encoding" not in head.fields:
                 self.strip = UsageStrip(chunked=head.chunked)
-        self.head_sent = True
-        self.client.transport.write(answer_head(head.status, self._answer_lines(head, instance)))
+        lines = answer_head(head.status, self._answer_lines(head, instance))
+        if self.sse:
+            self.held_head = lines
+        else:
+            self.head_sent = True
+            self.client.transport.write(lines)
 
     def _answer_lines(self, head: AnswerHead, instance: Instance) -> bytes:
         lines = b"%bx-request-id: %b\r\n%b" % (
@@ -165,9 +224,7 @@ class Exchange:
         if self.dispatcher.decision_headers:
             lines += b"x-block-overhead-ms: %.3f\r\n" % (self.overhead_s * 1e3)
             if self.prediction is not None:
-                lines += b"x-predicted-ttft-ms: %.1f\r\nx-predicted-e2e-ms: %.1f\r\n" % (
-                    self.prediction.ttft_s * 1e3, self.prediction.e2e_s * 1e3,
-                )  # fmt: skip
+                lines += prediction_lines(self.prediction, self.interval, self.decided_s - self.arrived_s)
         if self.sse:
             lines += b"x-accel-buffering: no\r\n"
             if b"cache-control" not in head.fields:
@@ -175,16 +232,31 @@ class Exchange:
         return lines if self.keep_alive else lines + b"connection: close\r\n"
 
     def body_received(self, data: bytes) -> None:
-        self.client.transport.write(data if self.strip is None else self.strip.feed(data))
-        self.instance.last_byte_s = now_s = monotonic()  # type: ignore[union-attr]
+        if self.plain:  # in the middle of a stream that goes through as it comes
+            self.write(data)
+            self.instance.last_byte_s = self.heard_s = monotonic()  # type: ignore[union-attr]
+            self.events += data.count(b"data:")
+            self.before_last, self.last = self.last, data
+            return
+        out = data if self.strip is None else self.strip.feed(data)
+        if self.held_head and out:
+            out, self.held_head, self.head_sent = self.held_head + out, b"", True
+        self.client.transport.write(out)
+        self.instance.last_byte_s = self.heard_s = now_s = monotonic()  # type: ignore[union-attr]
         if not self.first_byte_s:
             self.first_byte_s = now_s
         if self.sse:
             self.events += data.count(b"data:")
+            self.plain = self.head_sent and self.strip is None
         self.before_last, self.last = self.last, data
+        if self.tape is not None and self.tape.broken:
+            self.lose("it gave up")
 
     def answer_ended(self) -> None:
         self.connection = None
+        if self.held_head:  # a stream of nothing
+            self.head_sent = True
+            self.client.transport.write(self.held_head)
         if self.strip is not None and not self.strip.chunked:
             self.client.transport.write(self.strip.rest())
         self.answered_s = monotonic()
@@ -195,19 +267,88 @@ class Exchange:
         connection, self.connection = self.connection, None
         stale = connection is not None and connection.reused and not connection.answered and not self.resent
         if not self.head_sent:
+            self._forget_head()
             self.dispatcher.failed_unanswered(self, error, stale_connection=stale)
             return
-        self.break_off(
-            f"The instance broke off its answer: {error}.",
-            "instance_failed",
-            aligned=connection is None or connection.aligned,
-        )
+        if self.tape is not None:
+            if stale:
+                self.dispatcher.failed_unanswered(self, error, stale_connection=True)
+                return
+            if self.dispatcher.continues(self, error):
+                return
+        self._break_off_by_instance(error, aligned=connection is None or connection.aligned)
+
+    def _break_off_by_instance(self, error: InstanceUnreachableError | StreamBrokenError, *, aligned: bool) -> None:
+        self.break_off(f"The instance broke off its answer: {error}.", "instance_failed", aligned=aligned)
         self.dispatcher.ended(self, error)
+
+    def keep_client(self, now_s: float) -> None:
+        """A stream is silent: send a comment, so that nobody between here and the client takes it for dead.
+
+        Only where the instance has begun to stream, and between two events.
+        """
+        if not self.sse or not self.chunked or self.paused_s:
+            return
+        if self.strip is None:
+            between = not self.last or self.last.endswith((b"\n\n\r\n", b"\n\r\n\r\n"))
+            if not between or self.connection is None or not self.connection.aligned:
+                return
+        head, self.held_head, self.head_sent = self.held_head, b"", True
+        self.client.transport.write(head + KEEP_ALIVE)
+        self.heard_s = now_s
+
+    # An answer that another instance goes on with
+
+    def _use_tape(self, head: AnswerHead) -> None:
+        if head.chunked and b"content-encoding" not in head.fields:
+            self.strip = self.tape
+        else:
+            self.tape = None  # what comes is not what was asked for
+
+    def _go_on(self, head: AnswerHead, sse: bool, instance: Instance) -> None:
+        """The head of the rest; the client has one already."""
+        if not sse or head.status != 200 or not head.chunked or b"content-encoding" in head.fields:
+            self.lose(f"answered {head.status}")
+            return
+        instance.streaming += 1
+        self.streaming = True
+
+    def complete(self) -> None:
+        """All tokens came and what ends a stream did not: say it for the instance that is gone."""
+        assert self.tape is not None
+        self.client.transport.write(self.tape.end())
+        self.answered_s = monotonic()
+        self.dispatcher.ended(self, None)
+        self.client.exchange_ended(keep_alive=self.keep_alive)
+
+    def lose(self, why: str) -> None:
+        """The instance is of no use to this request any more: go elsewhere."""
+        connection = self.connection
+        self._drop_connection()
+        aligned = self.tape is not None or connection is None or connection.aligned
+        error = StreamBrokenError(why)
+        if not self.head_sent:
+            self._forget_head()
+            self.dispatcher.failed_unanswered(self, error, stale_connection=False)
+        elif self.tape is None or not self.dispatcher.continues(self, error):
+            self._break_off_by_instance(error, aligned=aligned)
+
+    def _forget_head(self) -> None:
+        """A stream of which only the head came is as good as none: somebody else may answer."""
+        if self.streaming and self.instance is not None:
+            self.instance.streaming -= 1
+        self.sse, self.streaming, self.held_head, self.strip = False, False, b"", None
+        if self.tape is not None:
+            self.tape.begin()
 
     # Towards the client
 
     def refuse(self, error: ClientError, extra: bytes = b"") -> None:
         """Answer with an error instead of an instance's answer, and end."""
+        if self.head_sent:  # nobody goes on with it
+            self.break_off(error.message, error.code or "instance_failed", aligned=True)
+            self.dispatcher.ended(self, error)
+            return
         self.dispatcher.ended(self, error)
         self.client.answer_error(error, extra + b"x-request-id: %b\r\n" % self.request.id.encode("latin-1"))
 

@@ -203,17 +203,19 @@ class RequestReader:
 
 
 def request_head(
-    message: HttpRequest, host: bytes, extra: bytes, prefix: bytes = b"", body: bytes | None = None
-) -> bytes:
+    message: HttpRequest, host: bytes, extra: bytes, prefix: bytes = b"", body: bytes | None = None,
+    target: bytes | None = None,
+) -> bytes:  # fmt: skip
     """The head to send to an instance: the client's lines, the instance's ``Host``, a content-length, ``extra`` lines.
 
-    ``prefix``: the path of the instance's base URL; ``body``: what is sent, the client's where none is given.
+    ``prefix``: the path of the instance's base URL; ``body``, ``target``: what is sent, the client's where none is given.
     """
     body = message.body if body is None else body
     if body or message.method in (b"POST", b"PUT", b"PATCH"):
         extra += b"content-length: %d\r\n" % len(body)
     lines = b"".join(message.lines)
-    return b"%b %b%b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n" % (message.method, prefix, message.target, host, lines, extra)
+    target = message.target if target is None else target
+    return b"%b %b%b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n" % (message.method, prefix, target, host, lines, extra)
 
 
 def answer_head(status: int, lines: bytes) -> bytes:

@@ -75,6 +75,24 @@ class Metrics:
             buckets=_RATIO,
             registry=registry,
         )
+        self.coverage = Gauge(
+            n + "prediction_interval_coverage_ratio",
+            "Share of the last prediction intervals that the measured TTFT or E2E lay in.",
+            ["endpoint", "of"],
+            registry=registry,
+        )
+        self.bias = Gauge(
+            n + "prediction_bias_ratio",
+            "Median of the last measured over predicted TTFT or E2E.",
+            ["endpoint", "of"],
+            registry=registry,
+        )
+        self.drift = Gauge(
+            n + "predictor_drift",
+            "1: an instance's predictions are wrong and not used.",
+            ["endpoint"],
+            registry=registry,
+        )
         self.prompt_tokens = Counter(
             n + "request_prompt_tokens_total",
             "Prompt tokens, as estimated or told by usage.",
@@ -115,6 +133,15 @@ class Metrics:
             registry=registry,
         )
         self.queue_size = Gauge(n + "flow_control_queue_size", "Requests in the gateway's queue.", registry=registry)
+        self.held = Gauge(
+            n + "flow_control_held_requests", "Requests that the policy keeps for now.", registry=registry
+        )
+        self.held_time = Histogram(
+            n + "flow_control_held_request_duration_seconds",
+            "For how long the policy kept the requests that it kept.",
+            buckets=_LATENCY,
+            registry=registry,
+        )
         self.rejected = Counter(
             n + "flow_control_rejected_total", "Requests answered 429, by reason.", ["reason"], registry=registry
         )
@@ -142,6 +169,12 @@ class Metrics:
         self.broken = Counter(
             n + "stream_broken_total", "Answers that broke after they had begun.", ["endpoint"], registry=registry
         )
+        self.continued = Counter(
+            n + "stream_continued_total",
+            "Streams that went on elsewhere after this instance broke off.",
+            ["endpoint"],
+            registry=registry,
+        )
         self.disconnects = Counter(
             n + "client_disconnect_total", "Clients that left before their answer was whole.", registry=registry
         )
@@ -167,10 +200,22 @@ class Metrics:
         self.loop_delay = Histogram(
             n + "event_loop_delay_seconds", "How late the event loop ran a timer.", buckets=_SHORT, registry=registry
         )
+        self.tasks = Gauge(n + "event_loop_tasks", "Tasks of the event loop.", registry=registry)
         self.reloads = Counter(
             n + "config_reload_total", "Configuration reloads by result.", ["result"], registry=registry
         )
+        self.log_rows = Counter(
+            n + "request_log_rows_total",
+            "Rows of the request log, by what became of them.",
+            ["result"],
+            registry=registry,
+        )
         self.connections = Gauge(n + "client_connections", "Open client connections.", registry=registry)
+        self.discovered = Counter(
+            n + "discovery_total", "Lists of instances taken from discovery, by result.", ["result"], registry=registry
+        )
+        self.workers = Gauge(n + "workers", "Worker processes that these metrics are of.", registry=registry)
+        self.workers.set(1)
         info = Gauge(n + "info", "Version and policy.", ["version", "policy"], registry=registry)
         self._info = info
         self._models: dict[str, PerModel] = {}
@@ -182,6 +227,14 @@ class Metrics:
         if found is None:
             found = self._sent_to[endpoint] = self.sent.labels(endpoint)
         return found
+
+    def forget(self, endpoint: str) -> None:
+        """An instance left: nothing is said of it any more."""
+        self._sent_to.pop(endpoint, None)
+        for metric in vars(self).values():
+            names = getattr(metric, "_labelnames", ())
+            if "endpoint" in names:
+                metric.remove_by_labels({"endpoint": endpoint})
 
     def set_policy(self, policy: str) -> None:
         """The policy in force, for ``info``."""

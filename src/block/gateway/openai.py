@@ -5,14 +5,17 @@ Prompts are looked at for their length (and by length estimators that read text)
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
 
-from block.core import Request, Slo
+from block.core import Request
 from block.errors import ClientError
+from block.gateway.headers import READ, client_of, priority_of, session_of, slo_of
 from block.gateway.http1 import HttpRequest
 from block.length.text import chat_text
+from block.policy.prefix import blocks_of
 
 IMAGE_TOKENS: Final = 1000
 GENERATING: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
@@ -22,11 +25,6 @@ _NOTHING: Final = msgspec.Raw(b"")
 _COMPLETION_TOKENS: Final = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d{1,9})')
 _PROMPT_TOKENS: Final = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,9})')
 _IMAGE: Final = re.compile(rb'"data:[a-z]+/[^"]*"')
-_SLO_FIELDS: Final = (
-    ("ttft_s", (b"x-slo-ttft-ms", b"x-llm-d-slo-ttft-ms")),
-    ("tpot_s", (b"x-slo-tpot-ms", b"x-llm-d-slo-tpot-ms")),
-    ("e2e_s", (b"x-slo-e2e-ms", b"x-llm-d-slo-e2e-ms")),
-)
 
 
 class Body(msgspec.Struct):
@@ -41,7 +39,8 @@ class Body(msgspec.Struct):
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
     ignore_eos: bool | None = False
-    priority: int | None = 0
+    priority: int | None = None
+    user: msgspec.Raw = _NOTHING
 
     @property
     def output_limit(self) -> int | None:
@@ -54,9 +53,15 @@ class Body(msgspec.Struct):
     def text(self) -> msgspec.Raw:
         """The prompt as raw JSON, whichever field holds it."""
         for raw in (self.messages, self.prompt, self.input):
-            if raw is not _NOTHING:
+            if raw is not _NOTHING and bytes(raw) != b"null":
                 return raw
         return _NOTHING
+
+    @property
+    def sender(self) -> bytes:
+        """The application's name for its own user, as raw JSON; empty where it gives none."""
+        user = bytes(self.user)
+        return b"" if user in (b"null", b'""') else user
 
 
 _decoder: Final = msgspec.json.Decoder(Body)
@@ -138,9 +143,10 @@ def prompt_text(raw: msgspec.Raw) -> str | None:
 
 
 def as_request(
-    http: HttpRequest, body: Body, *, request_id: str, arrived_s: float, ratio: PromptRatio, reads_text: bool
-) -> tuple[Request, int]:
-    """The core's view of a request, and the bytes of its prompt text.
+    http: HttpRequest, body: Body, *, request_id: str, arrived_s: float, ratio: PromptRatio, reads_text: bool,
+    objectives: Mapping[str, int], key_name: str | None = None, reads_prefix: bool = False,
+) -> tuple[Request, int]:  # fmt: skip
+    """The core's view of a request, and the bytes of its prompt text. ``objectives``: their priorities, by name.
 
     Raises:
         ClientError: 400, an SLO or priority header that is no number.
@@ -148,49 +154,23 @@ def as_request(
     raw = body.text
     text_bytes, known = prompt_size(raw)
     model = body.model or ""
-    fields = http.fields
-    slo = None
-    if (
-        b"x-slo-ttft-ms" in fields
-        or b"x-slo-tpot-ms" in fields
-        or b"x-slo-e2e-ms" in fields
-        or any(k.startswith(b"x-llm-d-slo") for k in fields)
-    ):
-        slo = _slo(http)
+    plain = READ.isdisjoint(http.fields)
+    prompt_tokens = max(1, known + round(text_bytes / ratio.of(model)))
     request = Request(
         id=request_id,
         arrived_s=arrived_s,
-        prompt_tokens=max(1, known + round(text_bytes / ratio.of(model))),
+        prompt_tokens=prompt_tokens,
         max_tokens=None if (limit := body.output_limit) is None else max(1, limit),
         exact_output=bool(body.ignore_eos) and limit is not None,
         model=model,
-        priority=body.priority or 0,
-        slo=slo,
-        session=http.header(b"x-session-id") or http.header(b"x-session-token"),
+        priority=body.priority or 0 if plain or body.priority is not None else priority_of(http, objectives),
+        slo=None if plain else slo_of(http),
+        session=None if plain else session_of(http),
+        client=None if plain and key_name is None and not body.user else client_of(http, body.sender, key_name),
         prompt=prompt_text(raw) if reads_text else None,
+        blocks=blocks_of(bytes(raw), prompt_tokens, model) if reads_prefix else None,
     )
     return request, text_bytes
-
-
-def _slo(http: HttpRequest) -> Slo:
-    targets: dict[str, float] = {}
-    for field, names in _SLO_FIELDS:
-        for name in names:
-            text = http.header(name)
-            if text is None:
-                continue
-            try:
-                milliseconds = float(text)
-            except ValueError:
-                milliseconds = -1.0
-            if not 0 < milliseconds < 1e9:
-                header = name.decode()
-                raise ClientError(
-                    400, f"The header {header} must be a positive number of milliseconds, not {text!r}.", param=header
-                )
-            targets[field] = milliseconds / 1e3
-            break
-    return Slo(**targets)
 
 
 def usage_of(tail: bytes) -> tuple[int | None, int | None]:

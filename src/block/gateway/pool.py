@@ -5,12 +5,14 @@ Over a ready one stand three cautions: an open *circuit* (requests to it failed 
 sent bytes and did not: see ``health``) and *trial* (it just came back and earns its share success by success).
 """
 
+import ssl
 from enum import StrEnum
 from typing import Final
 from urllib.parse import urlsplit
 
 from block.core import InstanceId
 from block.gateway.config import GatewayConfig, InstanceConfig
+from block.gateway.tls import UpstreamTls
 from block.gateway.upstream import Connections
 
 TRIAL_START: Final = 2
@@ -55,8 +57,9 @@ class Instance:
     """One engine as the gateway knows it. Read by everyone, written by the pool."""
 
     def __init__(
-        self, config: InstanceConfig, *, connect_timeout_s: float, in_flight_max: int, counts_usage: bool = False
-    ) -> None:
+        self, config: InstanceConfig, *, connect_timeout_s: float, in_flight_max: int, counts_usage: bool = False,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:  # fmt: skip
         parts = urlsplit(config.url)
         assert parts.hostname is not None
         self.id = InstanceId(config.id)
@@ -65,7 +68,9 @@ class Instance:
         """Its streams are asked for usage (see ``usage``)."""
         self.prefix = parts.path.rstrip("/").encode()
         self.host_header = parts.netloc.encode()
-        self.connections = Connections(parts.hostname, parts.port or 80, connect_timeout_s=connect_timeout_s)
+        self.connections = Connections(
+            parts.hostname, parts.port or (80 if tls is None else 443), connect_timeout_s=connect_timeout_s, tls=tls
+        )
         self.state = State.STARTING
         self.reason = "not checked yet"
         self.models: dict[str, bytes] | None = None
@@ -95,6 +100,7 @@ class Pool:
 
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
+        self.tls = UpstreamTls(config)
         self.instances: dict[InstanceId, Instance] = {}
         self._eligible: dict[str, tuple[InstanceId, ...]] = {}
         for instance in config.instances:
@@ -109,6 +115,7 @@ class Pool:
             connect_timeout_s=self._config.connect_timeout_s,
             in_flight_max=self._config.instance_in_flight_max,
             counts_usage=config.profile is not None and self._config.count_tokens == "usage",
+            tls=self.tls.context_for(config.url),
         )
         self.instances[instance.id] = instance
         self._eligible.clear()

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from enum import Enum
 from time import monotonic
 from typing import TYPE_CHECKING, cast
 
@@ -17,13 +18,33 @@ if TYPE_CHECKING:
 JSON = b"application/json"
 
 
+class Surface(Enum):
+    """Which door a client came through: the one for everybody, the admin port, or the socket between workers."""
+
+    PUBLIC = "public"
+    ADMIN = "admin"
+    WORKER = "worker"
+
+
 class ClientConnection(asyncio.Protocol):
     """Reads requests, hands them to the app one at a time, closes when told or when the client is too slow."""
 
-    __slots__ = ("_app", "_broken", "_closing", "_waiting", "exchange", "http", "reader", "since_s", "transport")
+    __slots__ = (
+        "_app",
+        "_broken",
+        "_closing",
+        "_waiting",
+        "exchange",
+        "http",
+        "reader",
+        "since_s",
+        "surface",
+        "transport",
+    )
 
-    def __init__(self, app: "App") -> None:
+    def __init__(self, app: "App", surface: Surface = Surface.PUBLIC) -> None:
         self._app = app
+        self.surface = surface
         config = app.config
         self.reader = RequestReader(
             self._on_request, self._on_expect,
@@ -94,6 +115,10 @@ class ClientConnection(asyncio.Protocol):
             data = data[: len(data) - len(body)]
         self.transport.write(data)
         self.exchange_ended(keep_alive=keep_alive)
+
+    def awaits(self, http: HttpRequest) -> bool:
+        """Whether this request is still without an answer and somebody is there to get one."""
+        return self.http is http and not self._closing and not self.transport.is_closing()
 
     def answer_error(self, error: ClientError, extra: bytes = b"") -> None:
         """An OpenAI error object as the answer to the current request."""

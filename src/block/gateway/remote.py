@@ -32,7 +32,11 @@ class RemotePredictors:
         headers = {"content-type": "application/json"}
         try:
             async with self._session.post(
-                url, data=body, headers=headers, timeout=aiohttp.ClientTimeout(total=self._timeout_s)
+                url,
+                data=body,
+                headers=headers,
+                timeout=aiohttp.ClientTimeout(total=self._timeout_s),
+                allow_redirects=False,
             ) as answer:
                 return (
                     msgspec.json.decode(await answer.content.read(65536), type=Prediction)

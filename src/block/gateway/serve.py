@@ -3,11 +3,11 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from random import Random
 from time import monotonic
 from typing import Any, Final
@@ -15,53 +15,60 @@ from typing import Any, Final
 import aiohttp
 
 from block.errors import BlockError, ConfigError
-from block.gateway.app import App, Membership
-from block.gateway.blackbox import BlackBox
-from block.gateway.config import RELOADABLE, GatewayConfig, InstanceConfig
+from block.gateway.app import App
+from block.gateway.config import RELOADABLE, GatewayConfig
 from block.gateway.decider import Decider
+from block.gateway.discovery import members_of
+from block.gateway.discovery.follow import follow
 from block.gateway.dispatch import Dispatcher
-from block.gateway.evidence import Evidence
-from block.gateway.health import HangWatch, HealthChecks
-from block.gateway.lengths import HeaderLengths
+from block.gateway.health import HangWatch
+from block.gateway.lengths import HeaderLengths, LengthCollector
 from block.gateway.lessons import Lessons
+from block.gateway.membership import Membership, Origin
 from block.gateway.metrics import Metrics
 from block.gateway.openai import PromptRatio
-from block.gateway.pool import Instance, Pool, State
-from block.gateway.proxy import ClientConnection
+from block.gateway.pool import Pool, State
+from block.gateway.proxy import ClientConnection, Surface
 from block.gateway.remote import RemotePredictors
+from block.gateway.requestlog import RequestLog
+from block.gateway.residuals import Residuals
 from block.gateway.selftest import self_test
-from block.gateway.subscription import Subscription
+from block.gateway.tls import server_certificates, stamp
+from block.gateway.tracing import Tracing
+from block.gateway.workers import Workers
 from block.length.table import make_estimator
 from block.policy.rank import Evidence as Needs
 from block.policy.table import Policy, policy_from
-from block.steptime.profile import load_profile
 
 SWEEP_S: Final = 0.25
 WATCH_S: Final = 0.1
 FILE_CHECK_S: Final = 2.0
+CERTIFICATE_TURNS: Final = 8
 BACKLOG: Final = 4096
 
 log = logging.getLogger("block.gateway")
 
 
-class Gateway(Membership):
+class Gateway:
     """Start with ``start``, stop with ``drain`` (graceful) and ``close``; both may be called in any state."""
 
-    def __init__(self, config: GatewayConfig, reload: Callable[[], GatewayConfig] | None = None) -> None:
+    def __init__(
+        self, config: GatewayConfig, reload: Callable[[], GatewayConfig] | None = None, workers: Workers | None = None
+    ) -> None:  # fmt: skip
         self.config = config
-        self._reload = reload
+        self._reload, self._workers = reload, workers
         self._policy = policy_from(config.policy)
         self._rng = Random(config.seed)
-        self._checks: dict[str, HealthChecks] = {}
-        self._tasks: dict[str, list[asyncio.Task[None]]] = {}
         self._background: list[asyncio.Task[None]] = []
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
+        self._certificates = server_certificates(config)
         self._session: aiohttp.ClientSession | None = None
         self._estimator = (
             HeaderLengths() if self._policy.name.startswith("block-oracle") else _estimator(config.length_estimator)
         )
+        self._request_log: RequestLog | None = None
         self.app: App
-        self.port = 0
+        self.port = self.admin_port = 0
 
     # Start and stop
 
@@ -74,51 +81,87 @@ class Gateway(Membership):
         loop, config = asyncio.get_running_loop(), self.config
         metrics, pool = Metrics(), Pool(config)
         metrics.set_policy(self._policy.name)
+        metrics.registry.register(LengthCollector(self._estimator))
+        if config.log_requests is not None:
+            self._request_log = RequestLog(
+                config.log_requests, metrics, prompts=config.log_prompts,
+                bytes_max=config.log_requests_bytes_max, files_max=config.log_requests_files_max,
+            )  # fmt: skip
         self.ratio = PromptRatio()
         decider = Decider(config, pool, self._policy, self._estimator, metrics, self._rng)
-        dispatcher = Dispatcher(config, pool, decider, Lessons(self._estimator, self.ratio, metrics), metrics, loop)
+        dispatcher = Dispatcher(config, pool, decider, self._lessons(metrics), metrics, loop)
         self.pool, self.dispatcher, self.decider, self.metrics = pool, dispatcher, decider, metrics
-        self.app = App(config, pool, dispatcher, self.ratio, metrics, loop)
-        self.app.membership = self
+        self.members = Membership(config, pool, decider, dispatcher.lessons.residuals, metrics, self._rng)
+        self.app = App(config, pool, dispatcher, self.members, self.ratio, metrics, loop)
+        self.app.workers = self._workers
+        dispatcher.tracing = Tracing() if config.tracing else None
         self.app.self_test = (
             self_test() if self._policy.rank.needs is Needs.PREDICTION and config.predict == "local" else None
         )
-        self._watch = HangWatch(pool, decider.evidence, self._checks, config.hang_after_s)
+        self._watch = HangWatch(pool, decider.evidence, self.members.checks, config.hang_after_s)
         await self._listen(loop)
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=False)
+        verify = pool.tls.certificates.context if pool.tls.configured else True
+        connector = aiohttp.TCPConnector(limit=0, ssl=verify)
+        self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False)
         if config.predict == "remote":
             decider.remote = RemotePredictors(pool, self._session, config.predict_timeout_s)
-        for instance in pool.instances.values():
-            self._follow(instance)
+        self.members.begin(self._session)
+        if self._workers is not None:
+            self.members.catch_up(await self._workers.changes())
         self._background = [loop.create_task(self._sweep()), loop.create_task(self._look())]
+        if config.service_discovery != "static":
+            self._background.append(loop.create_task(follow(members_of(config), self.members, metrics)))
         if self._reload is not None and config.config_file is not None:
             self._background.append(loop.create_task(self._watch_file(config.config_file)))
 
+    def _lessons(self, metrics: Metrics) -> Lessons:
+        lessons = Lessons(self._estimator, self.ratio, metrics, self._request_log)
+        lessons.residuals = Residuals(self.config.prediction_level)
+        return lessons
+
     async def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
         config = self.config
-        try:
-            self._server = await loop.create_server(
-                lambda: ClientConnection(self.app), config.host, config.port, backlog=BACKLOG
+        self.port = await self._open(loop, Surface.PUBLIC, config.host, config.port, "--port")
+        if config.admin_port is not None:
+            self.admin_port = await self._open(
+                loop, Surface.ADMIN, config.admin_host, config.admin_port, "--admin-port"
             )
+        if self._workers is not None:
+            server = await loop.create_unix_server(
+                lambda: ClientConnection(self.app, Surface.WORKER), str(self._workers.socket)
+            )
+            self._servers.append(server)
+
+    async def _open(
+        self, loop: asyncio.AbstractEventLoop, surface: Surface, host: str, port: int, flag: str
+    ) -> int:  # fmt: skip
+        tls: dict[str, Any] = {}
+        if self._certificates is not None:
+            tls = {"ssl": self._certificates.context, "ssl_handshake_timeout": self.config.header_timeout_s or None}
+        try:
+            server = await loop.create_server(
+                lambda: ClientConnection(self.app, surface), host, port, backlog=BACKLOG,
+                reuse_port=self._workers is not None, **tls,
+            )  # fmt: skip
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise ConfigError(
-                    f"Port {config.port} on {config.host} is in use: choose another with --port."
-                ) from error
-            raise ConfigError(f"Cannot listen on {config.host}:{config.port}: {error.strerror or error}.") from error
-        self.port = int(self._server.sockets[0].getsockname()[1])
+                raise ConfigError(f"Port {port} on {host} is in use: choose another with {flag}.") from error
+            raise ConfigError(f"Cannot listen on {host}:{port}: {error.strerror or error}.") from error
+        self._servers.append(server)
+        return int(server.sockets[0].getsockname()[1])
 
     async def drain(self) -> None:
         """Ready says no, connections without a request close, answers finish; after the grace period no more is waited."""
         self.dispatcher.draining = True
+        self.dispatcher.holding.release()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.shutdown_grace_period_s):
                 await self.dispatcher.idle()
 
     async def close(self) -> None:
         """Stop listening and end everything at once."""
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         for client in list(self.app.connections):
             client.close_if_idle() if self.dispatcher.draining else client.abort()
         await asyncio.sleep(0)
@@ -126,57 +169,25 @@ class Gateway(Membership):
             client.abort()
         tasks = [
             *self._background,
-            *(task for group in self._tasks.values() for task in group),
+            *self.members.tasks(),
+            *self.app.tasks,
             *self.dispatcher.tasks(),
         ]
         for task in tasks:
             task.cancel()
         self._watch.close()
+        self.dispatcher.holding.close()
+        self.dispatcher.learning.close()
         await asyncio.gather(*tasks, return_exceptions=True)
         self.pool.close()
         if self._session is not None:
             await self._session.close()
-
-    # Membership
-
-    def join(self, config: InstanceConfig) -> Instance:
-        """Add an instance while running."""
-        instance = self.pool.add(config)
-        self._follow(instance)
-        return instance
-
-    def leave(self, instance: Instance) -> None:
-        """Remove one; requests at it finish."""
-        self.pool.remove(instance)
-        for task in self._tasks.pop(instance.id, []):
-            task.cancel()
-        self._checks.pop(instance.id, None)
-        self.decider.forget(instance.id)
-
-    def _follow(self, instance: Instance) -> None:
-        """Health checks, and the predictor's stream or a modelled engine where there is one."""
-        assert self._session is not None
-        loop, config = asyncio.get_running_loop(), self.config
-        evidence = Evidence(
-            instance.id,
-            self.decider.expectations,
-            stale_after_s=config.stale_after_s,
-            unseen_after_s=config.unseen_after_s,
-        )
-        self.decider.evidence[instance.id] = evidence
-        checks = self._checks[instance.id] = HealthChecks(instance, self.pool, self._session, config, self._rng)
-        tasks = [loop.create_task(checks.run())]
-        if instance.config.predictor is not None:
-            stream = Subscription(instance.config.predictor, evidence, self._session, self._rng)
-            tasks.append(loop.create_task(stream.run()))
-        elif instance.config.profile is not None:
-            box = BlackBox(
-                evidence, load_profile(instance.config.profile), instance.config.limits,
-                url=instance.config.url if instance.config.num_gpu_blocks is None else None,
-            )  # fmt: skip
-            self.decider.boxes[instance.id] = box
-            tasks.append(loop.create_task(box.run(self._session)))
-        self._tasks[instance.id] = tasks
+        if self._workers is not None:
+            await self._workers.close()
+        if self.dispatcher.tracing is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self.dispatcher.tracing.close)
+        if self._request_log is not None:
+            self._request_log.close()
 
     # Reload
 
@@ -210,22 +221,28 @@ class Gateway(Membership):
         self.config = self.dispatcher.config = config
         self.app.configure(config)
         self.pool.configure(config)
-        wanted = {instance.id: instance for instance in config.instances}
-        for instance in list(self.pool.instances.values()):
-            if wanted.get(instance.id) != instance.config:
-                self.leave(instance)
-        for name, instance_config in wanted.items():
-            if name not in self.pool.instances:
-                self.join(instance_config)
+        self.members.config = config
+        self.members.reconcile(Origin.CONFIG, config.instances)
 
     async def _watch_file(self, file: str) -> None:
-        seen = _stamp(file)
+        seen = stamp(file)
         while True:
             await asyncio.sleep(FILE_CHECK_S)
-            now = _stamp(file)
+            now = stamp(file)
             if now is not None and now != seen:
                 self.reload()
                 seen = now
+
+    def _renew_certificates(self) -> None:
+        """Those whose files changed; what does not fit changes nothing and is tried again at the next look."""
+        for each in (self._certificates, self.pool.tls):
+            try:
+                if each is not None and each.refresh():
+                    self.metrics.reloads.labels("ok").inc()
+                    log.info("the certificates were loaded again")
+            except ConfigError as error:
+                self.metrics.reloads.labels("invalid").inc()
+                log.error("the certificates were not loaded again: %s", error)
 
     # Ticks
 
@@ -238,9 +255,12 @@ class Gateway(Membership):
             self.metrics.loop_delay.observe(max(0.0, now_s - due_s))
             self.pool.close_circuits(now_s)
             self.dispatcher.sweep()
+            self.members.sweep()
             turn += 1
             if turn % 4 == 0 or self.dispatcher.draining:
                 self._sweep_clients(now_s)
+            if turn % CERTIFICATE_TURNS == 0:
+                self._renew_certificates()
 
     def _sweep_clients(self, now_s: float) -> None:
         for client in [c for c in self.app.connections if c.overdue(now_s)]:
@@ -256,17 +276,31 @@ class Gateway(Membership):
 
 
 async def run(
-    config: GatewayConfig, reload: Callable[[], GatewayConfig] | None, started: Callable[[Gateway], None]
-) -> None:
+    config: GatewayConfig, reload: Callable[[], GatewayConfig] | None, started: Callable[[Gateway], None],
+    workers: Workers | None = None, parent: int | None = None,
+) -> None:  # fmt: skip
     """Serve until SIGTERM or SIGINT (drain; a second one ends at once); SIGHUP reloads.
+
+    ``parent``: a pipe's end that tells by closing that the supervisor is gone, which ends this worker too.
 
     Raises:
         ConfigError: as ``Gateway.start``.
     """
-    gateway = Gateway(config, reload)
+    gateway = Gateway(config, reload, workers)
     await gateway.start()
     loop = asyncio.get_running_loop()
     stop, again = asyncio.Event(), asyncio.Event()
+
+    def on_orphaned() -> None:
+        assert parent is not None
+        loop.remove_reader(parent)
+        assert workers is not None
+        workers.orphaned = True
+        log.error("the supervisor is gone: this worker ends")
+        stop.set()
+
+    if parent is not None:
+        loop.add_reader(parent, on_orphaned)
 
     def on_stop() -> None:
         (again if stop.is_set() else stop).set()
@@ -276,6 +310,8 @@ async def run(
     loop.add_signal_handler(signal.SIGHUP, gateway.reload)
     try:
         await _first_checks(gateway)
+        gc.collect()
+        gc.freeze()  # what is there now stays: no later collection needs to look at it
         started(gateway)
         await stop.wait()
         log.info("draining: %d requests in flight", len(gateway.dispatcher.active))
@@ -285,15 +321,6 @@ async def run(
             waiter.cancel()
     finally:
         await gateway.close()
-
-
-def _stamp(file: str) -> tuple[int, int, int] | None:
-    """What changes when a file does, also behind a link that is swapped (as Kubernetes does); ``None``: not there."""
-    try:
-        status = Path(file).stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 async def _first_checks(gateway: Gateway) -> None:

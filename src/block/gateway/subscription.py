@@ -19,6 +19,7 @@ import httptools
 import msgspec
 
 from block.gateway.evidence import Evidence
+from block.gateway.tls import UpstreamTls
 from block.gateway.upstream import set_nodelay
 from block.steptime.profile import StepTimeProfile
 
@@ -110,7 +111,10 @@ class SnapshotStream(asyncio.Protocol):
 class Subscription:
     """Keeps one predictor's stream open and its step times current; says nothing when all is well, once when it is not."""
 
-    def __init__(self, url: str, evidence: Evidence, session: aiohttp.ClientSession, rng: Random) -> None:
+    def __init__(
+        self, url: str, evidence: Evidence, session: aiohttp.ClientSession, rng: Random, tls: UpstreamTls
+    ) -> None:  # fmt: skip
+        self._tls = tls
         self._url, self._evidence, self._session, self._rng = url.rstrip("/"), evidence, session, rng
         self._profile_bytes = b""
         self._said: str | None = None
@@ -136,12 +140,13 @@ class Subscription:
     async def _listen(self) -> str:
         parts = urlsplit(self._url)
         loop = asyncio.get_running_loop()
+        tls = self._tls.context_for(self._url)
         silent_after_s = max(2 * self._evidence.stale_after_s, 1.0)
         try:
             async with asyncio.timeout(2.0):
                 _, stream = await loop.create_connection(
                     lambda: SnapshotStream(self._evidence, parts.netloc, f"{parts.path}/snapshots", silent_after_s),
-                    str(parts.hostname), parts.port or 80,
+                    str(parts.hostname), parts.port or (80 if tls is None else 443), ssl=tls,
                 )  # fmt: skip
         except (OSError, TimeoutError) as error:
             return f"cannot be reached ({getattr(error, 'strerror', None) or 'timed out'})"
@@ -157,7 +162,9 @@ class Subscription:
 
     async def _fetch_profile(self) -> bool:
         try:
-            async with self._session.get(f"{self._url}/profile", timeout=aiohttp.ClientTimeout(total=2.0)) as answer:
+            async with self._session.get(
+                f"{self._url}/profile", timeout=aiohttp.ClientTimeout(total=2.0), allow_redirects=False
+            ) as answer:
                 body = await answer.content.read(1 << 20)
                 if answer.status != 200:
                     return False

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 from collections import deque
 from typing import Final, Protocol, cast
 
@@ -84,10 +85,11 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
-        receiver, reader = self._receiver, self._reader
+        receiver = self._receiver
         if self._between and receiver is not None and is_one_chunk(data):
             receiver.body_received(data)  # the usual case of a stream: one event, one chunk, one read
             return
+        reader = self._reader
         if receiver is None:
             self.transport.abort()  # an answer that nobody asked for
             return
@@ -172,8 +174,10 @@ class UpstreamConnection(asyncio.Protocol):
 class Connections:
     """The connections to one instance. Bounded by the instance's requests in flight, and ``IDLE_MAX`` idle ones."""
 
-    def __init__(self, host: str, port: int, *, connect_timeout_s: float) -> None:
-        self.host, self.port = host, port
+    def __init__(
+        self, host: str, port: int, *, connect_timeout_s: float, tls: ssl.SSLContext | None = None
+    ) -> None:  # fmt: skip
+        self.host, self.port, self._tls = host, port, tls
         self._connect_timeout_s = connect_timeout_s
         self._idle: deque[UpstreamConnection] = deque()
         self._all: set[UpstreamConnection] = set()
@@ -200,7 +204,9 @@ class Connections:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await loop.create_connection(lambda: UpstreamConnection(self), self.host, self.port)
+                _, connection = await loop.create_connection(
+                    lambda: UpstreamConnection(self), self.host, self.port, ssl=self._tls
+                )
         except TimeoutError:
             raise InstanceUnreachableError(f"no connection within {self._connect_timeout_s:g} s") from None
         except OSError as error:

@@ -5,7 +5,7 @@ from random import Random
 from typing import Final
 
 from block.core import Candidate, Decision, Request
-from block.policy.rank import Evidence, Indifferent, LeastOutstanding, Rank
+from block.policy.rank import Evidence, Indifferent, JointRank, LeastOutstanding, Rank
 from block.policy.table import Policy
 
 EVIDENCE_NAMES: Final = {Evidence.NOTHING: "nothing", Evidence.LOAD: "load", Evidence.PREDICTION: "prediction"}
@@ -43,6 +43,8 @@ def decide(policy: Policy, request: Request, candidates: Sequence[Candidate], rn
 
 
 def _costs(rank: Rank, request: Request, candidates: Sequence[Candidate]) -> list[float | None]:
+    if isinstance(rank, JointRank):
+        return rank.costs(request, candidates)
     return [rank.cost(request, candidate) for candidate in candidates]
 
 

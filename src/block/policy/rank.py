@@ -5,6 +5,7 @@ INFaaS++ f / max(r, 1); Llumnix without migration (f - sum over w of prompt / bs
 tokens. They are highest-first there, so they are negated here.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import ClassVar, Protocol
 
@@ -21,14 +22,27 @@ class Evidence(IntEnum):
 
 
 class Rank(Protocol):
-    """Costs one candidate. ``harm``: whether the predictions must tell ``harm_s``."""
+    """Costs one candidate. ``harm``: whether the predictions must tell ``harm_s``; ``prefix``: whether it matters what the
+    instances hold of the prompt."""
 
     needs: ClassVar[Evidence]
     harm: ClassVar[bool]
+    prefix: ClassVar[bool]
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         """Lower is better; ``None``: the candidate lacks the evidence."""
         ...
+
+
+class JointRank:
+    """A rank that must see all candidates to cost one; `choose.decide` asks it for all costs at once."""
+
+    def cost(self, request: Request, candidate: Candidate) -> float | None:
+        return self.costs(request, [candidate])[0]
+
+    def costs(self, request: Request, candidates: Sequence[Candidate]) -> list[float | None]:
+        """Aligned with ``candidates``; ``None``: that one lacks the evidence."""
+        raise NotImplementedError
 
 
 class Indifferent:
@@ -36,6 +50,7 @@ class Indifferent:
 
     needs: ClassVar = Evidence.NOTHING
     harm: ClassVar = False
+    prefix: ClassVar = False
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         return 0.0
@@ -46,6 +61,7 @@ class LeastOutstanding:
 
     needs: ClassVar = Evidence.LOAD
     harm: ClassVar = False
+    prefix: ClassVar = False
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         return None if candidate.load is None else float(candidate.load.in_flight)
@@ -56,6 +72,7 @@ class LeastDispatched:
 
     needs: ClassVar = Evidence.LOAD
     harm: ClassVar = False
+    prefix: ClassVar = False
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         return None if candidate.load is None else float(candidate.load.dispatched_last_minute)
@@ -66,6 +83,7 @@ class MostFreeBlocks:
 
     needs: ClassVar = Evidence.LOAD
     harm: ClassVar = False
+    prefix: ClassVar = False
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         load = candidate.load
@@ -79,6 +97,7 @@ class MostFreeBlocksAfterQueue:
 
     needs: ClassVar = Evidence.LOAD
     harm: ClassVar = False
+    prefix: ClassVar = False
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         load = candidate.load
@@ -92,6 +111,7 @@ class LeastUnprocessedTokens:
 
     needs: ClassVar = Evidence.LOAD
     harm: ClassVar = False
+    prefix: ClassVar = False
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         return None if candidate.load is None else candidate.load.unprocessed_tokens
@@ -102,25 +122,43 @@ class PrefillTimesBatch:
 
     needs: ClassVar = Evidence.LOAD
     harm: ClassVar = False
+    prefix: ClassVar = True
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         load = candidate.load
         if load is None:
             return None
-        return float(load.waiting_tokens + request.prompt_tokens) * (load.running + load.waiting + 1)
+        prefill_tokens = load.waiting_tokens + request.prompt_tokens - candidate.hit_tokens
+        return float(prefill_tokens) * (load.running + load.waiting + 1)
 
 
-class LeastTokensPresent:
-    """Token load (llm-d's default of 2026, uncalibrated): prompt tokens to compute and context in the cache."""
+class TokenLoad:
+    """Token load, calibrated (as llm-d's default of 2026): what is still to compute of prompts, the new one's uncached
+    tokens included, at the instance's measured throughput of prompts, and the context being decoded, in seconds.
+
+    The prompts' part, which stands for the TTFT, counts ``penalty_s`` at most: beyond that the instance is late anyway and
+    only its tokens differ. A decoded token of context counts ``decode_weight`` of a prompt's. Where no step times are known
+    all instances are taken to be equally fast.
+    """
 
     needs: ClassVar = Evidence.LOAD
     harm: ClassVar = False
+    prefix: ClassVar = True
+    TOKENS_PER_S: ClassVar = 10_000.0
+
+    def __init__(self, penalty_s: float, decode_weight: float) -> None:
+        if penalty_s <= 0 or decode_weight < 0:
+            raise ConfigError("penalty_s must be above 0 and decode_weight not negative.")
+        self.penalty_s, self.decode_weight = penalty_s, decode_weight
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         load = candidate.load
         if load is None or load.kv_blocks_free is None or load.kv_blocks_total is None:
             return None
-        return float(load.waiting_tokens + (load.kv_blocks_total - load.kv_blocks_free) * load.block_size)
+        pace = load.prefill_tokens_per_s or self.TOKENS_PER_S
+        prefill_s = (load.waiting_tokens + request.prompt_tokens - candidate.hit_tokens) / pace
+        context_s = (load.kv_blocks_total - load.kv_blocks_free) * load.block_size * self.decode_weight / pace
+        return min(prefill_s, self.penalty_s) + context_s
 
 
 class PredictedE2e:
@@ -128,6 +166,7 @@ class PredictedE2e:
 
     needs: ClassVar = Evidence.PREDICTION
     harm: ClassVar = False
+    prefix: ClassVar = True
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         return None if candidate.prediction is None else candidate.prediction.e2e_s
@@ -138,6 +177,7 @@ class PredictedTtft:
 
     needs: ClassVar = Evidence.PREDICTION
     harm: ClassVar = False
+    prefix: ClassVar = True
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         return None if candidate.prediction is None else candidate.prediction.ttft_s
@@ -148,6 +188,7 @@ class PredictedE2eAndPreemptions:
 
     needs: ClassVar = Evidence.PREDICTION
     harm: ClassVar = False
+    prefix: ClassVar = True
 
     def __init__(self, preemption_s: float) -> None:
         if preemption_s < 0:
@@ -164,24 +205,64 @@ class PredictedE2eAndPreemptions:
 class PredictedE2eGuarded:
     """Predicted E2E, with a price on what spoils a cluster near saturation.
 
-    ``late_weight`` seconds for each second of predicted TTFT beyond ``ttft_s`` (alone, E2E crowds fast instances), and
-    ``preemption_s`` for each preemption foreseen (recomputation is lost throughput).
+    ``late_weight`` seconds for each second of predicted TTFT beyond ``ttft_s`` (alone, E2E crowds fast instances),
+    ``preemption_s`` for each preemption foreseen (recomputation is lost throughput), and ``blocked_s`` where the request
+    could not start within ``delay_s`` or would push another out: a slow instance with room comes before a fast one without.
     """
 
     needs: ClassVar = Evidence.PREDICTION
     harm: ClassVar = False
+    prefix: ClassVar = True
 
-    def __init__(self, ttft_s: float, late_weight: float, preemption_s: float) -> None:
-        if min(ttft_s, late_weight, preemption_s) < 0:
-            raise ConfigError("ttft_s, late_weight and preemption_s must not be negative.")
+    def __init__(
+        self, ttft_s: float, late_weight: float, preemption_s: float, blocked_s: float = 0.0, delay_s: float = 0.0
+    ) -> None:
+        if min(ttft_s, late_weight, preemption_s, blocked_s, delay_s) < 0:
+            raise ConfigError("ttft_s, late_weight, preemption_s, blocked_s and delay_s must not be negative.")
         self.ttft_s, self.late_weight, self.preemption_s = ttft_s, late_weight, preemption_s
+        self.blocked_s, self.delay_s = blocked_s, delay_s
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         prediction = candidate.prediction
         if prediction is None:
             return None
         late_s = max(0.0, prediction.ttft_s - self.ttft_s)
-        return prediction.e2e_s + self.late_weight * late_s + self.preemption_s * prediction.preemptions
+        cost = prediction.e2e_s + self.late_weight * late_s + self.preemption_s * prediction.preemptions
+        blocked = prediction.preemptions > 0 or prediction.queue_delay_s > self.delay_s
+        return cost + self.blocked_s if blocked else cost
+
+
+class PredictedSlack:
+    """The request's own targets first: what it would miss of its TTFT, TPOT and E2E targets, each as a fraction of the
+    target, in multiples of ``miss_s`` seconds; then as ``PredictedE2eGuarded``. Without targets it is just that.
+
+    ``margin``: a prediction this fraction below its target still counts as missing a little, for predictions err.
+    """
+
+    needs: ClassVar = Evidence.PREDICTION
+    harm: ClassVar = False
+    prefix: ClassVar = True
+
+    def __init__(self, miss_s: float, margin: float, otherwise: "PredictedE2eGuarded") -> None:
+        if miss_s < 0 or not 0 <= margin < 1:
+            raise ConfigError("miss_s must not be negative and margin be in [0, 1).")
+        self.miss_s, self.margin, self.otherwise = miss_s, margin, otherwise
+
+    def cost(self, request: Request, candidate: Candidate) -> float | None:
+        cost, prediction, slo = self.otherwise.cost(request, candidate), candidate.prediction, request.slo
+        if cost is None or prediction is None or slo is None:
+            return cost
+        missed = 0.0
+        for target_s, predicted_s in (
+            (slo.ttft_s, prediction.ttft_s), (slo.tpot_s, prediction.tpot_s), (slo.e2e_s, prediction.e2e_s)
+        ):  # fmt: skip
+            if target_s is not None and predicted_s is not None:
+                aim_s = max(target_s * (1 - self.margin), 1e-6)
+                missed += min(max(predicted_s / aim_s - 1, 0.0), self.MISSED_MAX)
+        return cost + self.miss_s * missed
+
+    MISSED_MAX: ClassVar = 10.0
+    """Beyond this multiple of its target a request is lost anyway."""
 
 
 class PredictedHarm:
@@ -189,6 +270,7 @@ class PredictedHarm:
 
     needs: ClassVar = Evidence.PREDICTION
     harm: ClassVar = True
+    prefix: ClassVar = True
 
     def __init__(self, weight: float) -> None:
         if weight < 0:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from block.errors import ConfigError, UnknownNameError
 from block.policy import rank as ranks
+from block.policy.affinity import BoundedHash, PrefixAffinity
 from block.policy.hold import Hold
 from block.policy.rank import Rank
 from block.policy.shortlist import Everyone, RandomSubset, Rotation, Shortlist
@@ -48,14 +49,42 @@ def _block_harm(weight: float = 1.0) -> Policy:
     return Policy("", Everyone(), ranks.PredictedHarm(weight))
 
 
-def _block_late(
+def _block(
     belief: float = 0.3, ttft_s: float = 0.5, late_weight: float = 5.0, preemption_s: float = 1.0,
-    delay_s: float = 0.05, most_s: float = 10.0, ahead: int = 8,
+    delay_s: float = 0.05, most_s: float = 10.0, ahead: int = 8, by_size: int = 0, patience_s: float = 1.0,
+    blocked_s: float = 60.0,
 ) -> Policy:  # fmt: skip
     if not 0 < belief < 1:
         raise ConfigError(f"belief must be between 0 and 1, not {belief}.")
-    rank = ranks.PredictedE2eGuarded(ttft_s, late_weight, preemption_s)
-    return Policy("", Everyone(), rank, Hold(delay_s=delay_s, preemptions=1, most_s=most_s, ahead=ahead), belief)
+    rank = ranks.PredictedE2eGuarded(ttft_s, late_weight, preemption_s, blocked_s, delay_s)
+    hold = Hold(
+        delay_s=delay_s, preemptions=1, most_s=most_s, ahead=ahead, by_size=bool(by_size), patience_s=patience_s
+    )
+    return Policy("", Everyone(), rank, hold, belief)
+
+
+def _block_slo(miss_s: float = 60.0, margin: float = 0.1) -> Policy:
+    block = _block()
+    assert isinstance(block.rank, ranks.PredictedE2eGuarded)
+    return block._replace(rank=ranks.PredictedSlack(miss_s, margin, block.rank))
+
+
+def _token_load(penalty_s: float = 10.0, decode_weight: float = 1.0) -> Policy:
+    return Policy("", Everyone(), ranks.TokenLoad(penalty_s, decode_weight))
+
+
+def _learned(output_tokens: float = 256.0) -> Policy:
+    from block.policy.learned import LearnedLatency
+
+    return Policy("", Everyone(), LearnedLatency(output_tokens))
+
+
+def _prefix_affinity(match_fraction: float = 0.5, load_ratio: float = 1.5, load_slack: int = 8) -> Policy:
+    return Policy("", Everyone(), PrefixAffinity(match_fraction, load_ratio, load_slack))
+
+
+def _consistent_hash(bound: float = 1.25, chunks: int = 2) -> Policy:
+    return Policy("", Everyone(), BoundedHash(bound, chunks))
 
 
 def _everyone(rank: Callable[[], Rank]) -> Callable[[], Policy]:
@@ -78,21 +107,31 @@ POLICIES: dict[str, PolicySpec] = {
     "nosim": PolicySpec("fewest tokens still to compute", _everyone(ranks.LeastUnprocessedTokens)),
     "lmetric": PolicySpec("prompt tokens to compute times batch size (LMetric)", _everyone(ranks.PrefillTimesBatch)),
     "token-load": PolicySpec(
-        "fewest prompt tokens to compute plus tokens in the KV cache (llm-d)", _everyone(ranks.LeastTokensPresent)
+        "least prompt tokens to compute and context in the KV cache, in seconds of the instance (llm-d)", _token_load
     ),
-    "block": PolicySpec("lowest predicted E2E of all instances", _everyone(ranks.PredictedE2e)),
+    "prefix-affinity": PolicySpec(
+        "the longest cached beginning of the prompt, unless it is short or its instance too busy", _prefix_affinity
+    ),
+    "consistent-hash": PolicySpec(
+        "consistent hashing of the session or the prompt's beginning, with bounded loads", _consistent_hash
+    ),
+    "learned": PolicySpec(
+        "lowest TTFT plus output_tokens (256) times TPOT, learned online by gradient boosting (llm-d)", _learned
+    ),
+    "block": PolicySpec(
+        "lowest predicted E2E, guarded against late starts and preemptions; kept at the gateway while all would be so",
+        _block,
+    ),
     "block-k": PolicySpec("lowest predicted E2E of k (2) instances at random", _block_k),
-    "block-oracle": PolicySpec("as block, meant for true output lengths", _everyone(ranks.PredictedE2e)),
+    "block-oracle": PolicySpec("as block, meant for true output lengths", _block),
     "block-paper": PolicySpec(
         "the published rule: lowest predicted E2E of all instances", _everyone(ranks.PredictedE2e)
     ),
     "block-ttft": PolicySpec("lowest predicted TTFT of all instances", _everyone(ranks.PredictedTtft)),
     "block-preemptions": PolicySpec("predicted E2E, plus preemption_s (0.5) for each one foreseen", _block_preemptions),
     "block-harm": PolicySpec("predicted E2E plus weight (1) times the latency added to the others", _block_harm),
-    "block-late": PolicySpec(
-        "predicted E2E guarded against late starts and preemptions; kept at the gateway while all would be so",
-        _block_late,
-    ),
+    "block-late": PolicySpec("as block, by its older name", _block),
+    "block-slo": PolicySpec("as block, but what each request would miss of its own targets comes first", _block_slo),
 }
 
 

@@ -67,9 +67,10 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
 
 def find_capacity(
     config: SimulationConfig, criterion: Criterion, seeds: Sequence[int], run_all: RunAll, *, tolerance: float = 0.01,
-    start_rps: float | None = None,
+    start_rps: float | None = None, first_step: float = 1.08,
 ) -> Capacity:  # fmt: skip
-    """Search every seed at once, until each bracket is narrower than ``tolerance`` of its rate.
+    """Search every seed at once, until each bracket is narrower than ``tolerance`` of its rate. ``first_step``: how far to
+    look from ``start_rps`` first; small where the start is a good guess, for rates beyond capacity take long to simulate.
 
     Raises:
         ConfigError: attainment without an SLO, or no rate between 1/64 and 64 times the start holds or fails.
@@ -77,7 +78,7 @@ def find_capacity(
     if criterion.field == "slo_attainment_fraction" and config.slo is None:
         raise ConfigError("The criterion is SLO attainment, but the configuration has no [slo].")
     start = start_rps or config.workload.rate_rps or 10.0
-    searches = [_Search(start, tolerance) for _ in seeds]
+    searches = [_Search(start, tolerance, first_step) for _ in seeds]
     while open_now := [i for i, search in enumerate(searches) if not search.done]:
         configs = [varied(config, rate_rps=searches[i].next_rps(), seed=seeds[i]) for i in open_now]
         for i, summary in zip(open_now, run_all(configs), strict=True):
@@ -101,12 +102,12 @@ def bootstrap_interval(values: Sequence[float], *, resamples: int = 10_000, leve
 class _Search:
     """One seed's bracket: the highest rate known to hold, the lowest known not to."""
 
-    def __init__(self, start_rps: float, tolerance: float) -> None:
+    def __init__(self, start_rps: float, tolerance: float, first_step: float) -> None:
         self._start_rps, self._tolerance = start_rps, tolerance
         self._holds: tuple[float, float] | None = None
         self._fails: tuple[float, float] | None = None
         self._asked_rps = start_rps
-        self._step = 1.08
+        self._step = first_step
 
     @property
     def done(self) -> bool:

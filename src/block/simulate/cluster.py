@@ -13,13 +13,14 @@ if its instance died while it streamed. One that had no token yet when its insta
 import heapq
 from collections.abc import Callable, Sequence
 
-from block.core import Decision, InstanceId, Prediction
+from block.core import Candidate, Decision, InstanceId, Prediction
 from block.length.distribution import Estimate
 from block.length.simple import Estimator, OracleEstimator
 from block.length.table import make_estimator
 from block.metrics.row import Row, finished_row
 from block.policy import policy_from
-from block.policy.hold import Hold, holds, prediction_of
+from block.policy.hold import HeldQueue, holds, prediction_of
+from block.policy.learned import LearnedLatency
 from block.simulate.config import Failure, SimulationConfig
 from block.simulate.gateway import Dispatched, Gateway
 from block.simulate.instance import Instance, View
@@ -29,46 +30,53 @@ from block.workload.offer import offer
 from block.workload.offered import Offered
 
 Progress = Callable[[int, int], None]
+Watch = Callable[[int, Decision, Sequence[Instance], float], None]
+"""Told of each decision before it takes effect: request number, decision, true instances, time. It may look and copy, not touch."""
+
 INFINITY = float("inf")
 
 
 def simulate(
-    config: SimulationConfig, offered: Sequence[Offered] | None = None, *, on_progress: Progress | None = None
-) -> list[Row]:
+    config: SimulationConfig, offered: Sequence[Offered] | None = None, *, on_progress: Progress | None = None,
+    on_decision: Watch | None = None,
+) -> list[Row]:  # fmt: skip
     """Run one simulation; rows in the order offered.
 
-    ``offered`` replaces the configured workload. ``on_progress(done, total)`` is called now and then.
+    ``offered`` replaces the configured workload. ``on_progress(done, total)`` is called now and then; ``on_decision``: see `Watch`.
 
     Raises:
         UserError: the configuration names something that does not exist or cannot be.
     """
     if offered is None:
         offered = offer(config.workload, config.seed)
-    return _Cluster(config, offered, on_progress).run()
+    return Cluster(config, offered, on_progress, on_decision).run()
 
 
-class _Job:
+class Job:
     """One offered request under way; written by the cluster alone."""
 
-    __slots__ = ("decided_s", "estimate", "gateway", "instance", "offered", "prediction", "row")
+    __slots__ = ("candidate", "decided_s", "estimate", "gateway", "instance", "offered", "prediction", "row")
 
     def __init__(self, offered: Offered, gateway: Gateway) -> None:
         self.offered, self.gateway = offered, gateway
         self.instance: Instance | None = None
         self.prediction: Prediction | None = None
+        self.candidate: Candidate | None = None
         self.estimate: Estimate | None = None
         self.decided_s = 0.0
         self.row: Row | None = None
 
 
-class _Cluster:
+class Cluster:
     """The state of one run."""
 
-    def __init__(self, config: SimulationConfig, offered: Sequence[Offered], on_progress: Progress | None) -> None:
+    def __init__(
+        self, config: SimulationConfig, offered: Sequence[Offered], on_progress: Progress | None, on_decision: Watch | None
+    ) -> None:  # fmt: skip
         self._config = config
         self._estimator = _estimator(config, offered)
         self._learns = config.lengths.estimator not in ("oracle", "constant")
-        self._instances = _instances(config)
+        self._instances = _instances(config, _cache_tokens(offered))
         self._by_id = {instance.id: instance for instance in self._instances}
         self._healthy = [instance.id for instance in self._instances]
         gateways = [
@@ -79,10 +87,11 @@ class _Cluster:
             for number in range(config.gateways.count)
         ]  # fmt: skip
         self._gateways = gateways
-        self._jobs = [_Job(one, gateways[number % len(gateways)]) for number, one in enumerate(offered)]
+        self._jobs = [Job(one, gateways[number % len(gateways)]) for number, one in enumerate(offered)]
         self._heap: list[tuple[float, int, Callable[[float], None]]] = []
-        self._events = 0
+        self._events = self._ended = 0
         self._on_progress = on_progress
+        self._on_decision = on_decision
         self._jitter = generator(config.seed, "snapshots")
         self._arrivals_end_s = offered[-1].request.arrived_s if offered else 0.0
 
@@ -127,27 +136,30 @@ class _Cluster:
     def _dispatch(self, number: int, now_s: float) -> None:
         """Send a request, or keep it at its gateway."""
         job = self._jobs[number]
-        gateway, hold = job.gateway, job.gateway.policy.hold
-        if hold is None or len(gateway.held) >= hold.queue_max:
+        gateway, held, request = job.gateway, job.gateway.held, job.offered.request
+        if held is None:
             self._try(number, now_s)
-        elif (len(gateway.held) > hold.ahead) or not self._try(number, now_s, hold):
-            gateway.held.append(number)
-            if len(gateway.held) == 1:
-                self._at(now_s + hold.tick_s, lambda at_s: self._tick(gateway, hold, at_s))
+            return
+        job.estimate = job.estimate or self._estimator.estimate(request)
+        size = request.prompt_tokens + round(job.estimate.expected_total(0))
+        if not held.offer(number, request, size, now_s, self._attempt(now_s)) and len(held) == 1:
+            self._at(now_s + held.hold.tick_s, lambda at_s: self._tick(gateway, held, at_s))
 
-    def _tick(self, gateway: Gateway, hold: Hold, now_s: float) -> None:
-        """Try the held requests again, the first ones first."""
-        stay: list[int] = []
-        while gateway.held and len(stay) <= hold.ahead:
-            number = gateway.held.popleft()
-            if not self._try(number, now_s, hold):
-                stay.append(number)
-        gateway.held.extendleft(reversed(stay))
-        if gateway.held:
-            self._at(now_s + hold.tick_s, lambda at_s: self._tick(gateway, hold, at_s))
+    def _tick(self, gateway: Gateway, held: HeldQueue[int], now_s: float) -> None:
+        """Try the held requests again."""
+        if self._config.gateways.snapshot_interval_s == 0:
+            for instance in self._instances:
+                self._advance(instance, now_s)
+        held.tick(now_s, self._attempt(now_s), self._ended)
+        if len(held):
+            self._at(now_s + held.hold.tick_s, lambda at_s: self._tick(gateway, held, at_s))
 
-    def _try(self, number: int, now_s: float, hold: Hold | None = None) -> bool:
-        """Decide, and send unless the decision says to hold; whether the request is off the gateway's hands."""
+    def _attempt(self, now_s: float) -> Callable[[int, float, bool], bool]:
+        return lambda number, held_s, may_hold: self._try(number, now_s, held_s if may_hold else None)
+
+    def _try(self, number: int, now_s: float, held_s: float | None = None) -> bool:
+        """Decide, and send unless the decision says to hold (``held_s`` so far; ``None``: it may not be held); whether the
+        request is off the gateway's hands."""
         job = self._jobs[number]
         request = job.offered.request
         if job.estimate is None:
@@ -156,21 +168,28 @@ class _Cluster:
         if decision is None:
             job.row = _lost(job, now_s, "rejected", "no instance is healthy")
             return True
-        if hold is not None and holds(hold, decision, now_s - request.arrived_s):
+        hold = job.gateway.policy.hold
+        if hold is not None and held_s is not None and holds(hold, decision, held_s):
             return False
+        if self._on_decision is not None:
+            self._on_decision(number, decision, self._instances, now_s)
         instance = job.instance = self._by_id[decision.instance]
         job.decided_s, job.prediction = now_s, prediction_of(decision)
+        if isinstance(job.gateway.policy.rank, LearnedLatency):
+            job.candidate = next(c for c in decision.candidates if c.instance == decision.instance)
         if not instance.can_ever_run(request.prompt_tokens, job.offered.output_tokens):
             job.row = _lost(job, now_s, "rejected", "longer than the instance can hold")
             return True
         arrives_s = now_s + self._config.gateways.network_s + instance.input_s
         most = instance.most_tokens(request.prompt_tokens, request.max_tokens)
-        instance.view.add(request.prompt_tokens, most, job.offered.output_tokens, job.estimate, arrives_s, number)
+        hit_tokens = job.gateway.hit_tokens(request, instance.id)
+        instance.view.add(request, most, job.offered.output_tokens, job.estimate, arrives_s, number)
         instance.present.add(number)
-        job.gateway.note(instance.id, Dispatched(request.prompt_tokens, most, job.estimate, arrives_s, number), now_s)
+        dispatched = Dispatched(request, most, job.estimate, arrives_s, number, hit_tokens)
+        job.gateway.note(instance.id, dispatched, now_s)
         return True
 
-    def _decide(self, job: _Job, estimate: Estimate, now_s: float) -> Decision | None:
+    def _decide(self, job: Job, estimate: Estimate, now_s: float) -> Decision | None:
         if self._config.gateways.snapshot_interval_s == 0:
             for instance in self._instances:
                 self._advance(instance, now_s)
@@ -188,14 +207,15 @@ class _Cluster:
         engine.advance(until_s)
         for number, _, first_token_s, finished_s, preemptions in engine.collect():
             instance.present.discard(number)
+            self._ended += 1
             job = self._jobs[number]
             job.row = self._finished(job, instance, first_token_s, finished_s, preemptions)
+            if job.candidate is not None:
+                job.gateway.learn(job.offered.request, job.candidate, job.row, job.decided_s)
             if self._learns:
                 self._estimator.observe(job.offered.request, job.offered.output_tokens)
 
-    def _finished(
-        self, job: _Job, instance: Instance, first_token_s: float, finished_s: float, preemptions: int
-    ) -> Row:
+    def _finished(self, job: Job, instance: Instance, first_token_s: float, finished_s: float, preemptions: int) -> Row:
         request, prediction = job.offered.request, job.prediction
         way_s = instance.output_s + self._config.gateways.network_s
         since_s = job.decided_s - request.arrived_s  # a prediction counts from the decision
@@ -273,7 +293,7 @@ class _Cluster:
         self._healthy = [one.id for one in self._instances if one.listed]
 
 
-def _lost(job: _Job, now_s: float, status: str, error: str) -> Row:
+def _lost(job: Job, now_s: float, status: str, error: str) -> Row:
     request = job.offered.request
     return Row(
         id=request.id, policy=job.gateway.policy.name, instance=job.instance.id if job.instance else None,
@@ -292,7 +312,12 @@ def _estimator(config: SimulationConfig, offered: Sequence[Offered]) -> Estimato
     return make_estimator(name, **options)
 
 
-def _instances(config: SimulationConfig) -> list[Instance]:
+def _cache_tokens(offered: Sequence[Offered]) -> int:
+    """Tokens per content key of the prompts; 0: they have none."""
+    return next((one.blocks.tokens for one in offered if one.blocks is not None), 0)
+
+
+def _instances(config: SimulationConfig, cache_tokens: int) -> list[Instance]:
     made: list[Instance] = []
     for group in config.instances:
         profile: StepTimeProfile = (
@@ -301,5 +326,5 @@ def _instances(config: SimulationConfig) -> list[Instance]:
         curve = profile.curve(1.0 / group.speed, group.limits)
         for _ in range(group.count):
             name = InstanceId(f"i{len(made):02d}")
-            made.append(Instance(name, group.limits, curve, input_s=profile.input_s, output_s=profile.output_s))
+            made.append(Instance(name, group.limits, curve, profile.input_s, profile.output_s, cache_tokens))
     return made

@@ -122,7 +122,7 @@ def load_config(path: Path) -> SimulationConfig:
 
 
 def _converted(fields: dict[str, Any], where: str) -> SimulationConfig:
-    unknown = list(_unknown_keys(fields, SimulationConfig, ""))
+    unknown = list(unknown_keys(fields, SimulationConfig, ""))
     if unknown:
         raise ConfigError(f"{where}: " + " ".join(unknown))
     try:
@@ -146,12 +146,12 @@ def _beside(config: SimulationConfig, folder: Path) -> SimulationConfig:
     return msgspec.structs.replace(config, instances=groups)
 
 
-def _unknown_keys(fields: Any, kind: Any, at: str) -> typing.Iterator[str]:
+def unknown_keys(fields: Any, kind: Any, at: str) -> typing.Iterator[str]:
     """One sentence for each table that has keys which its struct does not."""
     kind = _struct_in(kind)
     if isinstance(fields, list):
         for number, one in enumerate(fields):
-            yield from _unknown_keys(one, kind, f"{at}[{number}]")
+            yield from unknown_keys(one, kind, f"{at}[{number}]")
         return
     if not isinstance(fields, dict) or kind is None:
         return
@@ -162,7 +162,7 @@ def _unknown_keys(fields: Any, kind: Any, at: str) -> typing.Iterator[str]:
         yield f"Unknown {place}: {', '.join(unknown)} (known: {', '.join(hints)})."
     for name, value in fields.items():
         if name in hints:
-            yield from _unknown_keys(value, hints[name], f"{at}.{name}")
+            yield from unknown_keys(value, hints[name], f"{at}.{name}")
 
 
 def _struct_in(kind: Any) -> type[msgspec.Struct] | None:

@@ -1,17 +1,21 @@
-"""Many simulations at once, on all cores: each is a function of its configuration, so any process may run it."""
+"""Many simulations at once, on all cores or on a Ray cluster: each is a function of its configuration, so any process may
+run it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
-from os import cpu_count
+from os import cpu_count, environ
+from typing import Any
 
 import msgspec
 
+from block.errors import ConfigError
 from block.metrics.summary import Summary, summarize
 from block.simulate.cluster import simulate
 from block.simulate.config import SimulationConfig
 
+EXECUTORS = ("local", "ray")
 RunAll = Callable[[Sequence[SimulationConfig]], list[Summary]]
 
 
@@ -33,8 +37,18 @@ def varied(
 
 
 @contextmanager
-def runner(jobs: int | None = None, on_done: Callable[[Summary], None] | None = None) -> Iterator[RunAll]:
-    """A function that runs a list of configurations on ``jobs`` processes (``None``: one a core) and keeps their order."""
+def runner(
+    jobs: int | None = None, on_done: Callable[[Summary], None] | None = None, executor: str = "local"
+) -> Iterator[RunAll]:
+    """A function that runs a list of configurations on ``jobs`` processes (``None``: one a core) and keeps their order.
+
+    ``executor``: ``local`` or ``ray``: the cluster that ``RAY_ADDRESS`` names, else one started here for as long.
+
+    Raises:
+        ConfigError: another executor, or Ray is not installed.
+    """
+    if executor not in EXECUTORS:
+        raise ConfigError(f"There is no executor {executor!r}: there are {', '.join(EXECUTORS)}.")
     jobs = jobs or cpu_count() or 1
 
     def note(summary: Summary) -> Summary:
@@ -42,6 +56,10 @@ def runner(jobs: int | None = None, on_done: Callable[[Summary], None] | None = 
             on_done(summary)
         return summary
 
+    if executor == "ray":
+        with _ray(jobs) as ray:
+            yield lambda configs: [note(summary) for summary in _on_ray(ray, configs)]
+        return
     if jobs == 1:
         yield lambda configs: [note(run_one(config)) for config in configs]
         return
@@ -51,3 +69,32 @@ def runner(jobs: int | None = None, on_done: Callable[[Summary], None] | None = 
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def _ray(jobs: int) -> Iterator[Any]:
+    """Ray, connected to a cluster; what was started here is stopped."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("The executor ray needs Ray: pip install block-llm[ray].") from error
+    if ray.is_initialized():
+        yield ray
+        return
+    options: dict[str, Any] = {} if "RAY_ADDRESS" in environ else {"num_cpus": jobs, "include_dashboard": False}
+    ray.init(logging_level="ERROR", log_to_driver=False, **options)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _on_ray(ray: Any, configs: Sequence[SimulationConfig]) -> Iterator[Summary]:
+    """Summaries in the order of ``configs``, each a task of one core. Configurations travel as JSON."""
+    task = ray.remote(num_cpus=1)(_run_encoded)
+    for answer in [task.remote(msgspec.json.encode(config)) for config in configs]:
+        yield msgspec.json.decode(ray.get(answer), type=Summary)
+
+
+def _run_encoded(config: bytes) -> bytes:
+    return msgspec.json.encode(run_one(msgspec.json.decode(config, type=SimulationConfig)))

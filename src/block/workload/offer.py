@@ -6,12 +6,12 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from block.core import Request, Slo
+from block.core import PromptBlocks, Request, Slo
 from block.errors import ConfigError, UnknownNameError
 from block.workload.arrivals import ARRIVALS, Times, rescaled
 from block.workload.chance import generator
 from block.workload.length_table import load_lengths
-from block.workload.offered import Offered, PromptBlocks
+from block.workload.offered import Offered
 from block.workload.trace import read_trace
 
 Arrivals = Literal["poisson", "gamma", "constant", "bursts", "trace"]
@@ -125,6 +125,6 @@ def _offered(config: WorkloadConfig, shapes: _Shapes, i: int, arrived_s: float) 
     request = Request(
         id=f"r{i:06d}", arrived_s=arrived_s, prompt_tokens=prompt,
         max_tokens=output if config.exact_output else config.max_tokens,
-        exact_output=config.exact_output, model=config.model, slo=config.slo,
+        exact_output=config.exact_output, model=config.model, slo=config.slo, blocks=shapes.blocks[i],
     )  # fmt: skip
     return Offered(request, output, shapes.blocks[i])

@@ -2,14 +2,7 @@
 
 import msgspec
 
-from block.core import Request
-
-
-class PromptBlocks(msgspec.Struct, frozen=True):
-    """Identity of a prompt's content in blocks of ``tokens``: equal as far as two prompts agree."""
-
-    tokens: int
-    keys: tuple[int, ...]
+from block.core import PromptBlocks, Request
 
 
 class Offered(msgspec.Struct, frozen=True):

@@ -14,8 +14,8 @@ from typing import IO, Final
 
 import msgspec
 
+from block.core import PromptBlocks
 from block.errors import BadInputError
-from block.workload.offered import PromptBlocks
 
 MOONCAKE_BLOCK_TOKENS: Final = 512
 

@@ -1,0 +1,155 @@
+"""The routes under ``/admin/``: who is a member, and what came lately. Opened by a key, or by a port of its own.
+
+With several worker processes a change made at one is told to the others, and what each of them saw is put together.
+"""
+
+import hmac
+import ipaddress
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import msgspec
+
+from block.errors import ClientError, UserError
+from block.gateway.config import InstanceConfig
+from block.gateway.http1 import HttpRequest
+from block.gateway.pool import Instance
+from block.gateway.proxy import ClientConnection, Surface
+
+if TYPE_CHECKING:
+    from block.gateway.app import App
+
+
+class Admin:
+    """``/admin/instances``: GET lists, POST adds; ``.../NAME``: DELETE removes; ``.../NAME/drain``: POST drains.
+
+    ``/admin/recent``: what came and ended lately. ``/admin/changes``: what was changed here, for a worker that starts later.
+    """
+
+    def __init__(self, app: "App", *, own_port: bool) -> None:
+        self._app, self._own_port = app, own_port
+
+    def handle(self, client: ClientConnection, http: HttpRequest) -> None:
+        """Answer one request, at once or, with other workers to tell or to ask, a little later.
+
+        Raises:
+            ClientError: not allowed, not found, or not understood.
+        """
+        self.check_allowed(client, http)
+        parts = [unquote(part) for part in http.path.removeprefix("/admin/").split("/")]
+        workers = None if client.surface is Surface.WORKER else self._app.workers
+        if http.method == b"GET" and parts == ["recent"]:
+            cursor = parse_qs(http.target.partition(b"?")[2].decode("ascii", "replace")).get("after", [""])[-1]
+            if workers is None:
+                client.answer(200, msgspec.json.encode(self._recent(cursor)))
+            else:
+                self._app.answer_later(client, http, workers.recent(cursor, self._recent))
+            return
+        status, found, told = self._answer(http, parts)
+        if workers is None or told is None:
+            client.answer(status, msgspec.json.encode(found))
+        else:
+            self._app.answer_later(client, http, workers.tell(*told, answer=(status, msgspec.json.encode(found))))
+
+    def _recent(self, cursor: str) -> Any:
+        return self._app.dispatcher.recent.after(cursor, self._app.dispatcher, self._app.pool)
+
+    def check_allowed(self, client: ClientConnection, http: HttpRequest) -> None:
+        """
+        Raises:
+            ClientError: not through this door, or not without the key.
+        """
+        if client.surface is Surface.WORKER:
+            return  # a socket that only this user's processes can open
+        key, own_port = self._app.config.admin_key, self._own_port
+        if (own_port and client.surface is not Surface.ADMIN) or (not own_port and not key):
+            why = "it has a port of its own" if own_port else "no admin key is set"
+            raise ClientError(404, f"There is no administration here: {why}.", code="not_found")
+        if key:
+            given = http.fields.get(b"authorization", b"")
+            if not hmac.compare_digest(given, b"Bearer " + key.encode()):
+                raise ClientError(
+                    401, "The admin key is missing or wrong.", kind="authentication_error", code="invalid_api_key"
+                )
+        elif b"origin" in http.fields:  # a page in a browser on this host must not reach an open port through it
+            raise ClientError(403, "Browsers may not use this without an admin key.", code="forbidden")
+
+    def _answer(
+        self, http: HttpRequest, parts: Sequence[str]
+    ) -> tuple[int, Any, tuple[str, str, bytes] | None]:  # fmt: skip
+        """(status, answer, what to tell other workers: method, path and body)."""
+        app = self._app
+        match (http.method, parts):
+            case (b"GET", ["instances"]):
+                return 200, {"data": [self._describe(i) for i in app.pool.instances.values()]}, None
+            case (b"GET", ["changes"]):
+                return 200, app.members.changes(), None
+            case (b"POST", ["instances"]):
+                config = self._instance_of(http.body)
+                told = ("POST", "/admin/instances", msgspec.json.encode(config))
+                return 201, self._describe(app.members.join(config)), told
+            case (b"POST", ["instances", name, "drain"]):
+                instance = self._instance(name)
+                app.pool.drain(instance)
+                return 200, self._describe(instance), ("POST", f"/admin/instances/{quote(name, safe='')}/drain", b"")
+            case (b"DELETE", ["instances", name]):
+                instance = self._instance(name)
+                app.members.dismiss(instance)
+                return 200, self._describe(instance), ("DELETE", f"/admin/instances/{quote(name, safe='')}", b"")
+        raise ClientError(404, f"There is no {http.method.decode()} {http.path} here.", code="not_found")
+
+    def _instance(self, name: str) -> Instance:
+        for instance in self._app.pool.instances.values():
+            if instance.id == name:
+                return instance
+        raise ClientError(404, f"There is no instance named {name[:256]!r}.", code="instance_not_found")
+
+    def _instance_of(self, body: bytes) -> InstanceConfig:
+        try:
+            config = msgspec.json.decode(body, type=InstanceConfig)
+        except (msgspec.DecodeError, UserError) as error:
+            raise ClientError(400, f"This is not an instance: {error}") from None
+        for url in (config.url, config.predictor):
+            if url is not None and not may_register(url, self._app.config.instance_allow):
+                raise ClientError(403, f"{url!r} is not among the hosts that may be added.", code="host_not_allowed")
+        if config.id in self._app.pool.instances:
+            raise ClientError(409, f"There is an instance named {config.id!r} already.", code="instance_exists")
+        return config
+
+    def _describe(self, instance: Instance) -> dict[str, Any]:
+        evidence = self._app.dispatcher.decider.evidence.get(instance.id)
+        return {
+            "name": instance.id, "url": instance.config.url, "predictor": instance.config.predictor,
+            "profile": instance.config.profile, "origin": self._app.members.origins.get(instance.id),
+            "state": instance.state, "reason": instance.reason, "suspect": instance.suspect, "in_flight": instance.in_flight,
+            "models": sorted(instance.models or ()), "trial": instance.trial,
+            "evidence": evidence and ("fresh" if evidence.fresh(time.time()) else evidence.problem),
+        }  # fmt: skip
+
+
+def may_register(url: str, allowed: Sequence[str]) -> bool:
+    """Whether an instance at this URL may be added while the gateway runs.
+
+    ``allowed``: networks (``10.0.0.0/8``) and host names with wildcards (``*.internal``); empty: every host but those that are
+    never an engine's (link-local addresses, where clouds keep their credentials; multicast; the unspecified one).
+    """
+    host = (urlsplit(url).hostname or "").rstrip(".")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return not allowed or any(fnmatchcase(host, pattern.lower()) for pattern in allowed)
+    mapped = getattr(address, "ipv4_mapped", None)
+    address = mapped or address
+    if address.is_link_local or address.is_multicast or address.is_unspecified:
+        return False
+    return not allowed or any(_in_network(address, pattern) for pattern in allowed)
+
+
+def _in_network(address: "ipaddress.IPv4Address | ipaddress.IPv6Address", pattern: str) -> bool:
+    try:
+        return address in ipaddress.ip_network(pattern, strict=False)
+    except ValueError:
+        return fnmatchcase(str(address), pattern.lower())
