@@ -89,8 +89,8 @@ def log_cost() -> float:
     """Microseconds that the event loop spends on one row of the request log."""
     from types import SimpleNamespace
 
-    from block.gateway.metrics import Metrics
-    from block.gateway.requestlog import RequestLog
+    from block.gateway.records.metrics import Metrics
+    from block.gateway.records.requestlog import RequestLog
 
     request = Request(id="r", arrived_s=0.0, prompt_tokens=9, model="m")
     exchange = SimpleNamespace(

@@ -16,10 +16,10 @@ from feed import PROFILE, capture, restamped
 
 from block.core import Request
 from block.gateway.config import GatewayConfig, InstanceConfig
-from block.gateway.decider import Decider
-from block.gateway.evidence import Evidence
-from block.gateway.metrics import Metrics
-from block.gateway.pool import Pool, State
+from block.gateway.deciding.decider import Decider
+from block.gateway.deciding.evidence import Evidence
+from block.gateway.members.pool import Pool, State
+from block.gateway.records.metrics import Metrics
 from block.length.table import make_estimator
 from block.policy.table import policy_from
 from block.steptime.profile import load_profile

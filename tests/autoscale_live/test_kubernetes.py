@@ -35,8 +35,8 @@ from block.autoscale.live.membership import Membership  # noqa: E402
 from block.autoscale.terms import Kind, Phase  # noqa: E402
 from block.errors import ActuatorError, ConfigError  # noqa: E402
 from block.gateway.config import GatewayConfig  # noqa: E402
-from block.gateway.discovery import Problem  # noqa: E402
-from block.gateway.discovery import kubernetes as discovery  # noqa: E402
+from block.gateway.members.discovery import Problem  # noqa: E402
+from block.gateway.members.discovery import kubernetes as discovery  # noqa: E402
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "kubernetes"
 KINDS = {"gpu": Kind(name="gpu")}

@@ -23,7 +23,7 @@ from block.autoscale.live.settings import AutoscaleSettings, load_settings, sett
 from block.autoscale.terms import Member, Phase
 from block.errors import ActuatorError, BadInputError, ConfigError, UnknownNameError
 from block.gateway.config import GatewayConfig, InstanceConfig
-from block.gateway.discovery.file import read_instances
+from block.gateway.members.discovery.file import read_instances
 from block.predictor.serving import bind, url_of
 
 GOOD: dict[str, Any] = {

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from block.gateway.metrics import Metrics
+from block.gateway.records.metrics import Metrics
 from block.predictor.server import Predictor
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -18,12 +18,12 @@ from block.core import InstanceId
 from block.emulate.config import EmulateConfig
 from block.engine.limits import EngineLimits
 from block.errors import BlockError, ConfigError
-from block.gateway.blackbox import BlackBox
 from block.gateway.config import GatewayConfig, InstanceConfig, dump_config, load_config, parse_instance
-from block.gateway.evidence import Evidence
-from block.gateway.expectations import Expectations
+from block.gateway.deciding.blackbox import BlackBox
+from block.gateway.deciding.evidence import Evidence
+from block.gateway.deciding.expectations import Expectations
 from block.gateway.serve import Gateway
-from block.gateway.usage import UsageStrip, asking_for_usage
+from block.gateway.wire.usage import UsageStrip, asking_for_usage
 from block.length.table import make_estimator
 from block.predict import snapshot as wire
 from block.predict.snapshot import EngineSnapshot

@@ -134,7 +134,7 @@ def test_the_command_serves_and_ends_on_sigterm() -> None:
 
 
 def test_the_documentation_names_every_setting_metric_and_flag() -> None:
-    from block.gateway.metrics import Metrics
+    from block.gateway.records.metrics import Metrics
 
     text = (Path(__file__).parents[2] / "docs" / "gateway.md").read_text(encoding="utf-8")
     settings = [name for name in GatewayConfig.__struct_fields__ if name != "config_file"]

@@ -13,7 +13,7 @@ from block.core import Request
 from block.emulate import tokens
 from block.emulate.config import EmulateConfig
 from block.engine.limits import EngineLimits
-from block.gateway.continuation import TOKENS_MAX, Tape, tape_of
+from block.gateway.wire.continuation import TOKENS_MAX, Tape, tape_of
 from emulate.conftest import profile
 from emulate.served import serving
 from gateway.conftest import Client, Start, until

@@ -11,8 +11,8 @@ import pytest
 
 from block.errors import ConfigError
 from block.gateway.config import GatewayConfig, InstanceConfig
-from block.gateway.discovery import Problem, members_of
-from block.gateway.discovery.file import read_instances
+from block.gateway.members.discovery import Problem, members_of
+from block.gateway.members.discovery.file import read_instances
 from gateway.conftest import Client, Start, until
 from gateway.fakes import FakeEngine, slowly
 

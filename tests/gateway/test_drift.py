@@ -10,9 +10,9 @@ import aiohttp
 import pytest
 
 from block.core import InstanceId, Prediction
-from block.gateway import drift
 from block.gateway.config import GatewayConfig, InstanceConfig
-from block.gateway.drift import RESIDUALS, SNAPSHOTS, Drift
+from block.gateway.deciding import drift
+from block.gateway.deciding.drift import RESIDUALS, SNAPSHOTS, Drift
 from block.gateway.serve import Gateway
 from block.policy.table import make_policy
 from emulate.conftest import profile

@@ -14,9 +14,9 @@ from block.core import InstanceId
 from block.emulate.config import EmulateConfig
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.gateway import blackbox
 from block.gateway.config import GatewayConfig, parse_instance
-from block.gateway.foreign import LAG_S, Foreign
+from block.gateway.deciding import blackbox
+from block.gateway.deciding.foreign import LAG_S, Foreign
 from block.gateway.serve import Gateway
 from block.predictor.sources.metrics import Figures
 from emulate.served import PROFILE, serving

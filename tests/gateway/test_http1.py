@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from block.gateway.answers import AnswerReader, end_of_whole_chunks, is_one_chunk
-from block.gateway.http1 import HttpRequest, ProtocolError, RequestReader, chunk, request_head
+from block.gateway.wire.answers import AnswerReader, end_of_whole_chunks, is_one_chunk
+from block.gateway.wire.http1 import HttpRequest, ProtocolError, RequestReader, chunk, request_head
 from gateway.conftest import Start
 from gateway.fakes import FakeEngine
 

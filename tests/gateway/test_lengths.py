@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from block.errors import BadInputError, ConfigError
-from block.gateway.metrics import Metrics
-from block.gateway.requestlog import RequestLog
+from block.gateway.records.metrics import Metrics
+from block.gateway.records.requestlog import RequestLog
 from block.length.records import read_log
 from gateway.conftest import Client, Start, until
 from gateway.fakes import FakeEngine, Heard, answer, encoded

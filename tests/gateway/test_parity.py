@@ -11,10 +11,10 @@ from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
 from block.engine.scheduler import Sequence
 from block.gateway.config import GatewayConfig, InstanceConfig
-from block.gateway.decider import Decider
-from block.gateway.evidence import Evidence
-from block.gateway.metrics import Metrics
-from block.gateway.pool import Pool, State
+from block.gateway.deciding.decider import Decider
+from block.gateway.deciding.evidence import Evidence
+from block.gateway.members.pool import Pool, State
+from block.gateway.records.metrics import Metrics
 from block.length.simple import OracleEstimator
 from block.policy.hold import holds
 from block.policy.table import policy_from
@@ -97,7 +97,7 @@ def test_online_and_in_simulation_the_same_states_lead_to_the_same_decisions(
     """Over a run into saturation. With lengths known all predictions are equal. With uncertain ones nearly all: a scheduler
     does not show the token in flight, and where that flips a preemption predictions part."""
     clock = SimpleNamespace(now_s=0.0)
-    monkeypatch.setattr("block.gateway.decider.time.time", lambda: clock.now_s)
+    monkeypatch.setattr("block.gateway.deciding.decider.time.time", lambda: clock.now_s)
     rng = Random(5)
     lengths = {f"r{n}": rng.randint(20, 500) for n in range(100)}
     estimator = OracleEstimator(lengths=lengths, noise=noise, seed=3)

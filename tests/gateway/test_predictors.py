@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from block.core import InstanceId, Request
-from block.gateway.evidence import Evidence
-from block.gateway.expectations import Expectations
+from block.gateway.deciding.evidence import Evidence
+from block.gateway.deciding.expectations import Expectations
 from block.length.table import make_estimator
 from block.predict.snapshot import ANONYMOUS, request_key
 from block.steptime.profile import load_profile
@@ -306,7 +306,7 @@ def test_more_unseen_requests_make_predictions_later() -> None:
 
 
 def test_another_scale_makes_predictions_later_and_nonsense_is_refused() -> None:
-    from block.gateway.subscription import profile_of
+    from block.gateway.members.subscription import profile_of
     from block.predict.whatif import predict_all
     from gateway.fakes import profile_fields
 

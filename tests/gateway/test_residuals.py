@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from block.core import InstanceId, Prediction, Request
-from block.gateway.residuals import KEPT, LEAST, Residuals, Ring
+from block.gateway.deciding.residuals import KEPT, LEAST, Residuals, Ring
 from block.length.table import make_estimator
 
 A, B = InstanceId("a"), InstanceId("b")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from block.core import Request
-from block.gateway.residuals import LEAST
+from block.gateway.deciding.residuals import LEAST
 from gateway.conftest import Client, Start, until
 from gateway.fakes import (
     STREAM_HEAD,

@@ -28,7 +28,7 @@ def exporter() -> Any:
 
 
 async def traced(start: Start, exporter: Any, engine: FakeEngine, **headers: str) -> Any:
-    from block.gateway.tracing import Tracing
+    from block.gateway.records.tracing import Tracing
 
     client = await start(engine)
     tracing = client.gateway.dispatcher.tracing = Tracing(exporter)

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from block.gateway.workers import families_of, merged_text
+from block.gateway.processes.workers import families_of, merged_text
 from gateway.fakes import FakeEngine, slowly
 
 BLOCK = [sys.executable, "-c", "from block.cli import main; main()", "serve", "--log-level", "warning", "--json"]

@@ -209,8 +209,8 @@ def _supervise(config: Any, reload: Any, as_json: bool) -> None:
     import sys
 
     from block.errors import UserError
-    from block.gateway.supervisor import USER_ERROR, Place, Supervisor
-    from block.gateway.workers import Workers
+    from block.gateway.processes.supervisor import USER_ERROR, Place, Supervisor
+    from block.gateway.processes.workers import Workers
 
     def serve(place: Place) -> int:
         own = place.config(config)

@@ -15,9 +15,9 @@ import msgspec
 
 from block.errors import ClientError, UserError
 from block.gateway.config import InstanceConfig
-from block.gateway.http1 import HttpRequest
-from block.gateway.pool import Instance
-from block.gateway.proxy import ClientConnection, Surface
+from block.gateway.members.pool import Instance
+from block.gateway.wire.http1 import HttpRequest
+from block.gateway.wire.proxy import ClientConnection, Surface
 
 if TYPE_CHECKING:
     from block.gateway.app import App

@@ -16,19 +16,19 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from block.errors import ClientError
 from block.gateway.admin import Admin
 from block.gateway.config import GatewayConfig
-from block.gateway.continuation import tape_of
 from block.gateway.dispatch import Dispatcher
 from block.gateway.exchange import Exchange
-from block.gateway.gauges import read_gauges
-from block.gateway.http1 import HttpRequest
 from block.gateway.keys import Keys
-from block.gateway.membership import Membership
-from block.gateway.metrics import Metrics
-from block.gateway.openai import GENERATING, Body, PromptRatio, as_request, read_body
-from block.gateway.openapi import document as openapi_document
-from block.gateway.pool import Pool
-from block.gateway.proxy import ClientConnection, Surface
-from block.gateway.workers import Whole, Workers, families_of
+from block.gateway.members.membership import Membership
+from block.gateway.members.pool import Pool
+from block.gateway.processes.workers import Whole, Workers, families_of
+from block.gateway.records.gauges import read_gauges
+from block.gateway.records.metrics import Metrics
+from block.gateway.wire.continuation import tape_of
+from block.gateway.wire.http1 import HttpRequest
+from block.gateway.wire.openai import GENERATING, Body, PromptRatio, as_request, read_body
+from block.gateway.wire.openapi import document as openapi_document
+from block.gateway.wire.proxy import ClientConnection, Surface
 
 READY: Final = frozenset({"/ready", "/readiness", "/readyz"})
 LIVE: Final = frozenset({"/health", "/live", "/liveness", "/livez", "/healthz"})

@@ -28,18 +28,18 @@ from typing import Any, Final
 
 from block.core import Decision, InstanceId
 from block.errors import BlockError, ClientError, InstanceUnreachableError
-from block.gateway.admission import Waits, retry_lines, shortfall_s
 from block.gateway.config import GatewayConfig
-from block.gateway.decider import Decider
-from block.gateway.decisions import Decisions
+from block.gateway.deciding.admission import Waits, retry_lines, shortfall_s
+from block.gateway.deciding.decider import Decider
+from block.gateway.deciding.holding import Holding
+from block.gateway.deciding.learning import Learning
+from block.gateway.deciding.lessons import Lessons
 from block.gateway.exchange import Exchange
-from block.gateway.holding import Holding
-from block.gateway.learning import Learning
-from block.gateway.lessons import Lessons
-from block.gateway.metrics import Metrics
-from block.gateway.pool import Instance, Pool
-from block.gateway.recent import Recent
-from block.gateway.tracing import Tracing
+from block.gateway.members.pool import Instance, Pool
+from block.gateway.records.decisions import Decisions
+from block.gateway.records.metrics import Metrics
+from block.gateway.records.recent import Recent
+from block.gateway.records.tracing import Tracing
 from block.policy.table import Policy
 
 AGAIN_S: Final = 0.1

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 from block.core import Decision, Prediction, Request
 from block.errors import ClientError, InstanceUnreachableError, StreamBrokenError
-from block.gateway.answers import AnswerHead
-from block.gateway.continuation import Tape
-from block.gateway.headers import prediction_lines
-from block.gateway.http1 import LAST_CHUNK, HttpRequest, answer_head, chunk, request_head
-from block.gateway.openai import error_object
-from block.gateway.pool import Instance
-from block.gateway.recent import Arrived
-from block.gateway.residuals import Interval
-from block.gateway.upstream import UpstreamConnection
-from block.gateway.usage import UsageStrip, asking_for_usage
+from block.gateway.deciding.residuals import Interval
+from block.gateway.members.pool import Instance
+from block.gateway.records.recent import Arrived
+from block.gateway.wire.answers import AnswerHead
+from block.gateway.wire.continuation import Tape
+from block.gateway.wire.headers import prediction_lines
+from block.gateway.wire.http1 import LAST_CHUNK, HttpRequest, answer_head, chunk, request_head
+from block.gateway.wire.openai import error_object
+from block.gateway.wire.upstream import UpstreamConnection
+from block.gateway.wire.usage import UsageStrip, asking_for_usage
 
 if TYPE_CHECKING:
     from block.gateway.dispatch import Dispatcher
-    from block.gateway.proxy import ClientConnection
+    from block.gateway.wire.proxy import ClientConnection
 
 KEEP_ALIVE: Final = chunk(b": keep-alive\n\n")
 RETRYABLE: Final = frozenset({429, 500, 502, 503, 504})

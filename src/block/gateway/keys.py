@@ -6,7 +6,7 @@ from hashlib import blake2b
 from typing import Final
 
 from block.errors import ClientError
-from block.gateway.http1 import HttpRequest
+from block.gateway.wire.http1 import HttpRequest
 
 _UNKNOWN: Final = "The API key is missing or wrong."
 

@@ -17,25 +17,25 @@ import aiohttp
 from block.errors import BlockError, ConfigError
 from block.gateway.app import App
 from block.gateway.config import RELOADABLE, GatewayConfig
-from block.gateway.decider import Decider
-from block.gateway.discovery import members_of
-from block.gateway.discovery.follow import follow
+from block.gateway.deciding.decider import Decider
+from block.gateway.deciding.lengths import HeaderLengths, LengthCollector
+from block.gateway.deciding.lessons import Lessons
+from block.gateway.deciding.remote import RemotePredictors
+from block.gateway.deciding.residuals import Residuals
 from block.gateway.dispatch import Dispatcher
-from block.gateway.health import HangWatch
-from block.gateway.lengths import HeaderLengths, LengthCollector
-from block.gateway.lessons import Lessons
-from block.gateway.membership import Membership, Origin
-from block.gateway.metrics import Metrics
-from block.gateway.openai import PromptRatio
-from block.gateway.pool import Pool, State
-from block.gateway.proxy import ClientConnection, Surface
-from block.gateway.remote import RemotePredictors
-from block.gateway.requestlog import RequestLog
-from block.gateway.residuals import Residuals
-from block.gateway.selftest import self_test
-from block.gateway.tls import server_certificates, stamp
-from block.gateway.tracing import Tracing
-from block.gateway.workers import Workers
+from block.gateway.members.discovery import members_of
+from block.gateway.members.discovery.follow import follow
+from block.gateway.members.health import HangWatch
+from block.gateway.members.membership import Membership, Origin
+from block.gateway.members.pool import Pool, State
+from block.gateway.processes.selftest import self_test
+from block.gateway.processes.workers import Workers
+from block.gateway.records.metrics import Metrics
+from block.gateway.records.requestlog import RequestLog
+from block.gateway.records.tracing import Tracing
+from block.gateway.wire.openai import PromptRatio
+from block.gateway.wire.proxy import ClientConnection, Surface
+from block.gateway.wire.tls import server_certificates, stamp
 from block.length.table import make_estimator
 from block.policy.rank import Evidence as Needs
 from block.policy.table import Policy, policy_from

@@ -81,7 +81,7 @@ class View:
 
 FEW = 12  # look-ups that are faster one by one
 KEPT_S = 0.25
-"""For this long a believed end stands while the request stays below it (`block.gateway.expectations`)."""
+"""For this long a believed end stands while the request stays below it (`block.gateway.deciding.expectations`)."""
 
 
 def renew_beliefs(

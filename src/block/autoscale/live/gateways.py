@@ -10,7 +10,7 @@ import msgspec
 
 from block.errors import BlockError
 from block.gateway.config import InstanceConfig
-from block.gateway.recent import RecentAnswer, Seen
+from block.gateway.records.recent import RecentAnswer, Seen
 
 ANSWER_BYTES_MAX: Final = 64 << 20
 

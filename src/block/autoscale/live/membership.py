@@ -17,7 +17,7 @@ import msgspec
 
 from block.autoscale.live.gateways import Gateway, GatewayError
 from block.gateway.config import InstanceConfig
-from block.gateway.recent import Seen
+from block.gateway.records.recent import Seen
 
 BEAT_S: Final = 0.5
 IDLE_BEATS: Final = 2

@@ -20,7 +20,7 @@ from block.autoscale.live.gateways import Gateway, GatewayError
 from block.autoscale.live.membership import Membership
 from block.autoscale.terms import Actuator, Arrival, Kind, Member, Observation, Phase, Served
 from block.errors import ActuatorError
-from block.gateway.recent import RecentAnswer, Seen
+from block.gateway.records.recent import RecentAnswer, Seen
 
 SLOW_MOST: Final = 64
 OPEN_MOST: Final = 50_000

@@ -1,0 +1,1 @@
+"""Who is there: membership, health, the predictors' streams, and where instances are discovered."""

@@ -1,0 +1,1 @@
+"""Several worker processes as one gateway, and the self-test of each."""

@@ -1,0 +1,1 @@
+"""What is kept and told: metrics, decisions, recent requests, the request log, traces."""
