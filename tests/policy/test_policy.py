@@ -227,10 +227,10 @@ def test_a_slow_instance_with_room_comes_before_a_fast_one_that_would_push_other
     assert (
         pick(policy, [Candidate(InstanceId("fast"), None, fast), Candidate(InstanceId("slow"), None, slow)]) == "slow"
     )
-    waits = prediction(10.0, queue_delay_s=1.0)
-    assert (
-        pick(policy, [Candidate(InstanceId("fast"), None, waits), Candidate(InstanceId("slow"), None, slow)]) == "slow"
-    )
+    for queue_delay_s, expected in ((2.0, "slow"), (0.5, "fast")):
+        waits = prediction(10.0, queue_delay_s=queue_delay_s)
+        there = [Candidate(InstanceId("fast"), None, waits), Candidate(InstanceId("slow"), None, slow)]
+        assert pick(policy, there) == expected
 
 
 def test_slo_slack_prefers_the_instance_on_which_the_request_meets_its_own_targets() -> None:

@@ -207,7 +207,7 @@ class PredictedE2eGuarded:
 
     ``late_weight`` seconds for each second of predicted TTFT beyond ``ttft_s`` (alone, E2E crowds fast instances),
     ``preemption_s`` for each preemption foreseen (recomputation is lost throughput), and ``blocked_s`` where the request
-    could not start within ``delay_s`` or would push another out: a slow instance with room comes before a fast one without.
+    could not start within ``blocked_after_s`` or would push another out: a slow instance with room comes before a fast one without.
     """
 
     needs: ClassVar = Evidence.PREDICTION
@@ -215,12 +215,12 @@ class PredictedE2eGuarded:
     prefix: ClassVar = True
 
     def __init__(
-        self, ttft_s: float, late_weight: float, preemption_s: float, blocked_s: float = 0.0, delay_s: float = 0.0
+        self, ttft_s: float, late_weight: float, preemption_s: float, blocked_s: float = 0.0, blocked_after_s: float = 0.0
     ) -> None:
-        if min(ttft_s, late_weight, preemption_s, blocked_s, delay_s) < 0:
-            raise ConfigError("ttft_s, late_weight, preemption_s, blocked_s and delay_s must not be negative.")
+        if min(ttft_s, late_weight, preemption_s, blocked_s, blocked_after_s) < 0:
+            raise ConfigError("ttft_s, late_weight, preemption_s, blocked_s and blocked_after_s must not be negative.")
         self.ttft_s, self.late_weight, self.preemption_s = ttft_s, late_weight, preemption_s
-        self.blocked_s, self.delay_s = blocked_s, delay_s
+        self.blocked_s, self.blocked_after_s = blocked_s, blocked_after_s
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         prediction = candidate.prediction
@@ -228,7 +228,7 @@ class PredictedE2eGuarded:
             return None
         late_s = max(0.0, prediction.ttft_s - self.ttft_s)
         cost = prediction.e2e_s + self.late_weight * late_s + self.preemption_s * prediction.preemptions
-        blocked = prediction.preemptions > 0 or prediction.queue_delay_s > self.delay_s
+        blocked = prediction.preemptions > 0 or prediction.queue_delay_s > self.blocked_after_s
         return cost + self.blocked_s if blocked else cost
 
 
