@@ -215,7 +215,12 @@ class PredictedE2eGuarded:
     prefix: ClassVar = True
 
     def __init__(
-        self, ttft_s: float, late_weight: float, preemption_s: float, blocked_s: float = 0.0, blocked_after_s: float = 0.0
+        self,
+        ttft_s: float,
+        late_weight: float,
+        preemption_s: float,
+        blocked_s: float = 0.0,
+        blocked_after_s: float = 0.0,
     ) -> None:
         if min(ttft_s, late_weight, preemption_s, blocked_s, blocked_after_s) < 0:
             raise ConfigError("ttft_s, late_weight, preemption_s, blocked_s and blocked_after_s must not be negative.")
