@@ -4,12 +4,14 @@ Children of the hot path are bound once; a request costs some ten increments and
 Label values are bounded: models beyond ``MODELS_MAX`` count as ``other``.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from block import __version__
 
+PREFIX: Final = "block_"
 MODELS_MAX: Final = 200
 _LATENCY: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _SHORT: Final = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1)
@@ -34,192 +36,145 @@ class Metrics:
     """One registry per gateway."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        n = "block_"  # fmt: off
-        self.requests = Counter(n + "request_total", "Requests taken in.", ["model"], registry=registry)
-        self.errors = Counter(
-            n + "request_error_total", "Requests that ended in an error, by its code.", ["code"], registry=registry
-        )
-        self.duration = Histogram(
-            n + "request_duration_seconds",
-            "From the request's last byte to the answer's last byte.",
-            ["model"],
-            buckets=_LATENCY,
-            registry=registry,
-        )
-        self.ttft = Histogram(
-            n + "request_ttft_seconds",
-            "From the request's last byte to the first byte of a streamed answer.",
-            ["model"],
-            buckets=_LATENCY,
-            registry=registry,
-        )
-        self.tpot = Histogram(
-            n + "request_streaming_tpot_seconds",
-            "Seconds per output token after the first.",
-            ["model"],
-            buckets=(0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1),
-            registry=registry,
-        )
-        self.predicted_ttft = Histogram(
-            n + "request_predicted_ttft_seconds",
-            "Predicted TTFT on the chosen instance.",
-            ["model"],
-            buckets=_LATENCY,
-            registry=registry,
-        )
-        self.prediction_error = Histogram(
-            n + "prediction_error_ratio",
-            "Measured over predicted TTFT of streamed answers.",
-            ["model"],
-            buckets=_RATIO,
-            registry=registry,
-        )
-        self.coverage = Gauge(
-            n + "prediction_interval_coverage_ratio",
-            "Share of the last prediction intervals that the measured TTFT or E2E lay in.",
-            ["endpoint", "of"],
-            registry=registry,
-        )
-        self.bias = Gauge(
-            n + "prediction_bias_ratio",
-            "Median of the last measured over predicted TTFT or E2E.",
-            ["endpoint", "of"],
-            registry=registry,
-        )
-        self.drift = Gauge(
-            n + "predictor_drift",
-            "1: an instance's predictions are wrong and not used.",
-            ["endpoint"],
-            registry=registry,
-        )
-        self.prompt_tokens = Counter(
-            n + "request_prompt_tokens_total",
-            "Prompt tokens, as estimated or told by usage.",
-            ["model"],
-            registry=registry,
-        )
-        self.output_tokens = Counter(
-            n + "request_output_tokens_total", "Output tokens seen.", ["model"], registry=registry
-        )
-        self.slo_violations = Counter(
-            n + "request_slo_violation_total",
-            "Requests that missed a target they asked for.",
-            ["type"],
-            registry=registry,
-        )
-        self.predict_time = Histogram(
-            n + "request_ttft_prediction_duration_seconds",
-            "Time to predict all candidates of a request.",
-            buckets=_SHORT,
-            registry=registry,
-        )
-        self.decision_time = Histogram(
-            n + "scheduler_e2e_duration_seconds",
-            "Time to decide where a request goes.",
-            buckets=_SHORT,
-            registry=registry,
-        )
-        self.overhead = Histogram(
-            n + "router_overhead_seconds",
-            "From a request's last byte to its being sent on, queueing included.",
-            buckets=_SHORT,
-            registry=registry,
-        )
-        self.queue_time = Histogram(
-            n + "flow_control_request_queue_duration_seconds",
-            "Time in the gateway's queue of requests that queued.",
-            buckets=_LATENCY,
-            registry=registry,
-        )
-        self.queue_size = Gauge(n + "flow_control_queue_size", "Requests in the gateway's queue.", registry=registry)
-        self.held = Gauge(
-            n + "flow_control_held_requests", "Requests that the policy keeps for now.", registry=registry
-        )
-        self.held_time = Histogram(
-            n + "flow_control_held_request_duration_seconds",
-            "For how long the policy kept the requests that it kept.",
-            buckets=_LATENCY,
-            registry=registry,
-        )
-        self.rejected = Counter(
-            n + "flow_control_rejected_total", "Requests answered 429, by reason.", ["reason"], registry=registry
-        )
-        self.fallbacks = Counter(
-            n + "fallback_total",
-            "Decisions on coarser evidence than the policy needs, by kind.",
-            ["reason"],
-            registry=registry,
-        )
-        self.evidence_missing = Counter(
-            n + "evidence_missing_total",
-            "Candidates whose predictor gave no usable evidence for a decision.",
-            ["endpoint"],
-            registry=registry,
-        )
-        self.stale = Gauge(
-            n + "prediction_stale_seconds",
-            "Since an instance's predictor last said something.",
-            ["endpoint"],
-            registry=registry,
-        )
-        self.retries = Counter(
-            n + "worker_retries_total", "Requests sent again elsewhere, by reason.", ["reason"], registry=registry
-        )
-        self.broken = Counter(
-            n + "stream_broken_total", "Answers that broke after they had begun.", ["endpoint"], registry=registry
-        )
-        self.continued = Counter(
-            n + "stream_continued_total",
-            "Streams that went on elsewhere after this instance broke off.",
-            ["endpoint"],
-            registry=registry,
-        )
-        self.disconnects = Counter(
-            n + "client_disconnect_total", "Clients that left before their answer was whole.", registry=registry
-        )
-        self.ready = Gauge(n + "ready_endpoints", "Instances that may get requests.", registry=registry)
-        self.health = Gauge(n + "worker_health", "1: ready; 0: not.", ["endpoint"], registry=registry)
-        self.circuit = Gauge(
-            n + "worker_cb_state", "Circuit: 0 closed, 1 open, 2 on trial.", ["endpoint"], registry=registry
-        )
-        self.suspect = Gauge(n + "worker_suspect", "1: bytes are due and do not come.", ["endpoint"], registry=registry)
-        self.in_flight = Gauge(n + "inflight_requests", "Requests at an instance.", ["endpoint"], registry=registry)
-        self.in_flight_tokens = Gauge(
-            n + "inflight_tokens",
-            "Prompt and expected output tokens of requests at an instance.",
-            ["endpoint"],
-            registry=registry,
-        )
-        self.unseen = Gauge(
-            n + "unseen_requests", "Dispatched requests that no snapshot shows yet.", ["endpoint"], registry=registry
-        )
-        self.sent = Counter(
-            n + "worker_requests_total", "Requests sent to an instance.", ["endpoint"], registry=registry
-        )
-        self.loop_delay = Histogram(
-            n + "event_loop_delay_seconds", "How late the event loop ran a timer.", buckets=_SHORT, registry=registry
-        )
-        self.tasks = Gauge(n + "event_loop_tasks", "Tasks of the event loop.", registry=registry)
-        self.reloads = Counter(
-            n + "config_reload_total", "Configuration reloads by result.", ["result"], registry=registry
-        )
-        self.log_rows = Counter(
-            n + "request_log_rows_total",
-            "Rows of the request log, by what became of them.",
-            ["result"],
-            registry=registry,
-        )
-        self.connections = Gauge(n + "client_connections", "Open client connections.", registry=registry)
-        self.discovered = Counter(
-            n + "discovery_total", "Lists of instances taken from discovery, by result.", ["result"], registry=registry
-        )
-        self.workers = Gauge(n + "workers", "Worker processes that these metrics are of.", registry=registry)
+        self.registry = CollectorRegistry()
+        self._requests()
+        self._predictions()
+        self._flow()
+        self._instances()
+        self._process()
         self.workers.set(1)
-        info = Gauge(n + "info", "Version and policy.", ["version", "policy"], registry=registry)
-        self._info = info
+        self._info = self._gauge("info", "Version and policy.", "version", "policy")
         self._models: dict[str, PerModel] = {}
         self._sent_to: dict[str, Counter] = {}
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(PREFIX + name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(PREFIX + name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+
+    def _requests(self) -> None:
+        """What requests and their answers were."""
+        self.requests = self._counter("request_total", "Requests taken in.", "model")
+        self.errors = self._counter("request_error_total", "Requests that ended in an error, by its code.", "code")
+        self.duration = self._histogram(
+            "request_duration_seconds",
+            "From the request's last byte to the answer's last byte.",
+            "model",
+            buckets=_LATENCY,
+        )
+        self.ttft = self._histogram(
+            "request_ttft_seconds",
+            "From the request's last byte to the first byte of a streamed answer.",
+            "model",
+            buckets=_LATENCY,
+        )
+        self.tpot = self._histogram(
+            "request_streaming_tpot_seconds",
+            "Seconds per output token after the first.",
+            "model",
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1),
+        )
+        self.prompt_tokens = self._counter(
+            "request_prompt_tokens_total", "Prompt tokens, as estimated or told by usage.", "model"
+        )
+        self.output_tokens = self._counter("request_output_tokens_total", "Output tokens seen.", "model")
+        self.slo_violations = self._counter(
+            "request_slo_violation_total", "Requests that missed a target they asked for.", "type"
+        )
+        self.broken = self._counter("stream_broken_total", "Answers that broke after they had begun.", "endpoint")
+        self.continued = self._counter(
+            "stream_continued_total", "Streams that went on elsewhere after this instance broke off.", "endpoint"
+        )
+        self.disconnects = self._counter("client_disconnect_total", "Clients that left before their answer was whole.")
+        self.log_rows = self._counter(
+            "request_log_rows_total", "Rows of the request log, by what became of them.", "result"
+        )
+
+    def _predictions(self) -> None:
+        """What was predicted and decided, and how well."""
+        self.predicted_ttft = self._histogram(
+            "request_predicted_ttft_seconds", "Predicted TTFT on the chosen instance.", "model", buckets=_LATENCY
+        )
+        self.prediction_error = self._histogram(
+            "prediction_error_ratio", "Measured over predicted TTFT of streamed answers.", "model", buckets=_RATIO
+        )
+        self.coverage = self._gauge(
+            "prediction_interval_coverage_ratio",
+            "Share of the last prediction intervals that the measured TTFT or E2E lay in.",
+            "endpoint",
+            "of",
+        )
+        self.bias = self._gauge(
+            "prediction_bias_ratio", "Median of the last measured over predicted TTFT or E2E.", "endpoint", "of"
+        )
+        self.drift = self._gauge("predictor_drift", "1: an instance's predictions are wrong and not used.", "endpoint")
+        self.predict_time = self._histogram(
+            "request_ttft_prediction_duration_seconds", "Time to predict all candidates of a request.", buckets=_SHORT
+        )
+        self.decision_time = self._histogram(
+            "scheduler_e2e_duration_seconds", "Time to decide where a request goes.", buckets=_SHORT
+        )
+        self.fallbacks = self._counter(
+            "fallback_total", "Decisions on coarser evidence than the policy needs, by kind.", "reason"
+        )
+        self.evidence_missing = self._counter(
+            "evidence_missing_total", "Candidates whose predictor gave no usable evidence for a decision.", "endpoint"
+        )
+        self.stale = self._gauge(
+            "prediction_stale_seconds", "Since an instance's predictor last said something.", "endpoint"
+        )
+        self.unseen = self._gauge("unseen_requests", "Dispatched requests that no snapshot shows yet.", "endpoint")
+
+    def _flow(self) -> None:
+        """Queueing, holding, refusing, sending again."""
+        self.overhead = self._histogram(
+            "router_overhead_seconds",
+            "From a request's last byte to its being sent on, queueing included.",
+            buckets=_SHORT,
+        )
+        self.queue_time = self._histogram(
+            "flow_control_request_queue_duration_seconds",
+            "Time in the gateway's queue of requests that queued.",
+            buckets=_LATENCY,
+        )
+        self.queue_size = self._gauge("flow_control_queue_size", "Requests in the gateway's queue.")
+        self.held = self._gauge("flow_control_held_requests", "Requests that the policy keeps for now.")
+        self.held_time = self._histogram(
+            "flow_control_held_request_duration_seconds",
+            "For how long the policy kept the requests that it kept.",
+            buckets=_LATENCY,
+        )
+        self.rejected = self._counter("flow_control_rejected_total", "Requests answered 429, by reason.", "reason")
+        self.retries = self._counter("worker_retries_total", "Requests sent again elsewhere, by reason.", "reason")
+
+    def _instances(self) -> None:
+        """Instances as this gateway sees them."""
+        self.ready = self._gauge("ready_endpoints", "Instances that may get requests.")
+        self.health = self._gauge("worker_health", "1: ready; 0: not.", "endpoint")
+        self.circuit = self._gauge("worker_cb_state", "Circuit: 0 closed, 1 open, 2 on trial.", "endpoint")
+        self.suspect = self._gauge("worker_suspect", "1: bytes are due and do not come.", "endpoint")
+        self.in_flight = self._gauge("inflight_requests", "Requests at an instance.", "endpoint")
+        self.in_flight_tokens = self._gauge(
+            "inflight_tokens", "Prompt and expected output tokens of requests at an instance.", "endpoint"
+        )
+        self.sent = self._counter("worker_requests_total", "Requests sent to an instance.", "endpoint")
+        self.discovered = self._counter(
+            "discovery_total", "Lists of instances taken from discovery, by result.", "result"
+        )
+
+    def _process(self) -> None:
+        """The gateway itself."""
+        self.loop_delay = self._histogram(
+            "event_loop_delay_seconds", "How late the event loop ran a timer.", buckets=_SHORT
+        )
+        self.tasks = self._gauge("event_loop_tasks", "Tasks of the event loop.")
+        self.reloads = self._counter("config_reload_total", "Configuration reloads by result.", "result")
+        self.connections = self._gauge("client_connections", "Open client connections.")
+        self.workers = self._gauge("workers", "Worker processes that these metrics are of.")
 
     def sent_to(self, endpoint: str) -> Counter:
         """The bound counter of requests sent to an instance."""
