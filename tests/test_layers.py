@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "block"
 
 # Lowest first; a name stands for a module or a whole package, the longest match counts.
 LAYERS = (
-    ("errors", "clock", "core"),
+    ("errors", "clock", "core", "options"),
     ("engine.limits",),
     ("steptime",),
     ("engine",),
@@ -22,7 +22,19 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-PURE = ("core", "errors", "engine", "steptime", "length", "predict", "policy", "workload", "metrics", "simulate")
+PURE = (
+    "core",
+    "errors",
+    "options",
+    "engine",
+    "steptime",
+    "length",
+    "predict",
+    "policy",
+    "workload",
+    "metrics",
+    "simulate",
+)
 PURE_PARTS = ("autoscale.terms", "autoscale.controllers")
 IO_MODULES = {"asyncio", "socket", "aiohttp", "httptools", "uvloop", "http", "urllib", "selectors"}
 # Reads and writes files for the command line; everything else in these packages touches nothing outside.

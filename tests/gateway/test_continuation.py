@@ -275,6 +275,15 @@ async def test_an_instance_that_dies_behind_its_last_token_costs_nothing(start: 
     assert json.loads(usage[5:])["usage"] == {"prompt_tokens": 2, "total_tokens": 3, "completion_tokens": 1}
 
 
+async def test_an_answer_at_its_limit_whose_end_is_missing_gets_it_whole(start: Start) -> None:
+    client = await start(*one_after_the_other(dies_after_two), continue_streams=1)
+    got = await complete(client, max_tokens=2, stream_options={"include_usage": True})
+    *_, finish, usage, done, _ = got.split(b"\n\n")
+    assert (text_of(got), done) == ("one two ", b"data: [DONE]")
+    assert json.loads(finish[5:])["choices"][0]["finish_reason"] == "length"
+    assert json.loads(usage[5:])["usage"] == {"prompt_tokens": 2, "total_tokens": 4, "completion_tokens": 2}
+
+
 async def test_a_stream_waits_for_an_instance_to_come_back(start: Start) -> None:
     engine = FakeEngine(dies_after_two)
     client = await start(engine, continue_streams=1)

@@ -132,7 +132,7 @@ def test_ranks_by_load_follow_their_formulas(name: str, good: Load, bad: Load) -
         ("block-paper", prediction(1.0, preemptions=5), prediction(1.1)),
         ("block-ttft", prediction(2.0, ttft_s=0.1), prediction(1.0, ttft_s=0.2)),
         ("block-preemptions", prediction(1.4), prediction(1.0, preemptions=1)),
-        ("block-late", prediction(1.9), prediction(1.0, preemptions=1)),
+        ("block", prediction(1.9), prediction(1.0, preemptions=1)),
         ("block-harm", prediction(1.4, harm_s=0.0), prediction(1.0, harm_s=0.5)),
     ],
 )
@@ -195,8 +195,8 @@ def test_an_unknown_policy_is_answered_with_the_known_ones() -> None:
         ("block-k:k=two", "block-k:option=number"),
         ("block-k:k=2.5", "must be a number like 2"),
         ("block-harm:weight=-1", "must not be negative"),
-        ("block-late:late_weight=-1", "must not be negative"),
-        ("block-late:belief=1.5", "between 0 and 1"),
+        ("block:late_weight=-1", "must not be negative"),
+        ("block:belief=1.5", "between 0 and 1"),
     ],
 )
 def test_a_wrong_policy_option_is_one_clear_sentence(text: str, said: str) -> None:

@@ -220,7 +220,7 @@ def test_pooled_hardware_is_no_worse_than_any_routing() -> None:
 @pytest.mark.parametrize("gateways", [GatewayModel(), STALE])
 def test_held_requests_are_sent_in_the_end_and_it_pays_when_lengths_are_uncertain(gateways: GatewayModel) -> None:
     full = config(rate_rps=12.0, requests=1500, lengths=LengthModel(options={"noise": 0.4}), gateways=gateways)
-    held = simulate(msgspec.structs.replace(full, policy="block-late"))
+    held = simulate(msgspec.structs.replace(full, policy="block"))
     assert {row.status for row in held} == {"finished"}
     assert len(held) == 1500
     published = simulate(msgspec.structs.replace(full, policy="block-paper"))

@@ -22,7 +22,6 @@ class PrefixAffinity(JointRank):
     requests in flight at most ``load_ratio`` times the fewest, or at most ``load_slack`` more. Else the fewest in flight."""
 
     needs: ClassVar = Evidence.LOAD
-    harm: ClassVar = False
     prefix: ClassVar = True
 
     def __init__(self, match_fraction: float, load_ratio: float, load_slack: int) -> None:
@@ -56,7 +55,6 @@ class BoundedHash(JointRank):
     """
 
     needs: ClassVar = Evidence.LOAD
-    harm: ClassVar = False
     prefix: ClassVar = True
     POINTS: ClassVar = 64
 

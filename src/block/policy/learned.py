@@ -42,7 +42,6 @@ class LearnedLatency(JointRank):
     """Predicted TTFT plus predicted TPOT times ``output_tokens``, by what was learned of this pool. One owner; it learns."""
 
     needs: ClassVar = Evidence.LOAD
-    harm: ClassVar = False
     prefix: ClassVar = True
 
     def __init__(self, output_tokens: float) -> None:
@@ -101,7 +100,7 @@ def _features(request: Request, candidate: Candidate) -> list[float] | None:
     prompt = request.prompt_tokens
     return [
         1.0 - load.kv_blocks_free / load.kv_blocks_total, float(prompt), float(load.waiting), float(load.running),
-        candidate.hit_tokens / prompt, float(load.waiting_tokens),
+        candidate.hit_tokens / max(prompt, 1), float(load.waiting_tokens),
     ]  # fmt: skip
 
 

@@ -26,15 +26,15 @@ class Rank(Protocol):
     instances hold of the prompt."""
 
     needs: ClassVar[Evidence]
-    harm: ClassVar[bool]
-    prefix: ClassVar[bool]
+    harm: ClassVar[bool] = False
+    prefix: ClassVar[bool] = False
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         """Lower is better; ``None``: the candidate lacks the evidence."""
         ...
 
 
-class JointRank:
+class JointRank(Rank):
     """A rank that must see all candidates to cost one; `choose.decide` asks it for all costs at once."""
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
@@ -45,45 +45,37 @@ class JointRank:
         raise NotImplementedError
 
 
-class Indifferent:
+class Indifferent(Rank):
     """Costs nothing, so that the tie-break decides: random."""
 
     needs: ClassVar = Evidence.NOTHING
-    harm: ClassVar = False
-    prefix: ClassVar = False
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         return 0.0
 
 
-class LeastOutstanding:
+class LeastOutstanding(Rank):
     """Requests in flight on the instance."""
 
     needs: ClassVar = Evidence.LOAD
-    harm: ClassVar = False
-    prefix: ClassVar = False
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         return None if candidate.load is None else float(candidate.load.in_flight)
 
 
-class LeastDispatched:
+class LeastDispatched(Rank):
     """Requests dispatched to the instance in the last minute (LiteLLM's lowest usage)."""
 
     needs: ClassVar = Evidence.LOAD
-    harm: ClassVar = False
-    prefix: ClassVar = False
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         return None if candidate.load is None else float(candidate.load.dispatched_last_minute)
 
 
-class MostFreeBlocks:
+class MostFreeBlocks(Rank):
     """INFaaS++: free KV blocks per running request, the most first."""
 
     needs: ClassVar = Evidence.LOAD
-    harm: ClassVar = False
-    prefix: ClassVar = False
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         load = candidate.load
@@ -92,12 +84,10 @@ class MostFreeBlocks:
         return -load.kv_blocks_free / max(load.running, 1)
 
 
-class MostFreeBlocksAfterQueue:
+class MostFreeBlocksAfterQueue(Rank):
     """Llumnix's dispatch without migration: as INFaaS++, the waiting prompts' blocks counted as taken."""
 
     needs: ClassVar = Evidence.LOAD
-    harm: ClassVar = False
-    prefix: ClassVar = False
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         load = candidate.load
@@ -106,22 +96,19 @@ class MostFreeBlocksAfterQueue:
         return -(load.kv_blocks_free - load.waiting_tokens / load.block_size) / max(load.running, 1)
 
 
-class LeastUnprocessedTokens:
+class LeastUnprocessedTokens(Rank):
     """NoSim: tokens still to compute (prompt + expected output - computed) over all requests there."""
 
     needs: ClassVar = Evidence.LOAD
-    harm: ClassVar = False
-    prefix: ClassVar = False
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         return None if candidate.load is None else candidate.load.unprocessed_tokens
 
 
-class PrefillTimesBatch:
+class PrefillTimesBatch(Rank):
     """LMetric (arXiv 2603.15202): prompt tokens to compute, the new request's included, times the batch with it."""
 
     needs: ClassVar = Evidence.LOAD
-    harm: ClassVar = False
     prefix: ClassVar = True
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
@@ -132,7 +119,7 @@ class PrefillTimesBatch:
         return float(prefill_tokens) * (load.running + load.waiting + 1)
 
 
-class TokenLoad:
+class TokenLoad(Rank):
     """Token load, calibrated (as llm-d's default of 2026): what is still to compute of prompts, the new one's uncached
     tokens included, at the instance's measured throughput of prompts, and the context being decoded, in seconds.
 
@@ -142,7 +129,6 @@ class TokenLoad:
     """
 
     needs: ClassVar = Evidence.LOAD
-    harm: ClassVar = False
     prefix: ClassVar = True
     TOKENS_PER_S: ClassVar = 10_000.0
 
@@ -161,33 +147,30 @@ class TokenLoad:
         return min(prefill_s, self.penalty_s) + context_s
 
 
-class PredictedE2e:
+class PredictedE2e(Rank):
     """Predicted end-to-end latency of the new request: the published rule of Block."""
 
     needs: ClassVar = Evidence.PREDICTION
-    harm: ClassVar = False
     prefix: ClassVar = True
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         return None if candidate.prediction is None else candidate.prediction.e2e_s
 
 
-class PredictedTtft:
+class PredictedTtft(Rank):
     """Predicted time to first token of the new request."""
 
     needs: ClassVar = Evidence.PREDICTION
-    harm: ClassVar = False
     prefix: ClassVar = True
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         return None if candidate.prediction is None else candidate.prediction.ttft_s
 
 
-class PredictedE2eAndPreemptions:
+class PredictedE2eAndPreemptions(Rank):
     """Predicted E2E plus a price in seconds for every preemption that the what-if foresees on the instance."""
 
     needs: ClassVar = Evidence.PREDICTION
-    harm: ClassVar = False
     prefix: ClassVar = True
 
     def __init__(self, preemption_s: float) -> None:
@@ -202,7 +185,7 @@ class PredictedE2eAndPreemptions:
         return prediction.e2e_s + self.preemption_s * prediction.preemptions
 
 
-class PredictedE2eGuarded:
+class PredictedE2eGuarded(Rank):
     """Predicted E2E, with a price on what spoils a cluster near saturation.
 
     ``late_weight`` seconds for each second of predicted TTFT beyond ``ttft_s`` (alone, E2E crowds fast instances),
@@ -211,7 +194,6 @@ class PredictedE2eGuarded:
     """
 
     needs: ClassVar = Evidence.PREDICTION
-    harm: ClassVar = False
     prefix: ClassVar = True
 
     def __init__(
@@ -237,7 +219,7 @@ class PredictedE2eGuarded:
         return cost + self.blocked_s if blocked else cost
 
 
-class PredictedSlack:
+class PredictedSlack(Rank):
     """The request's own targets first: what it would miss of its TTFT, TPOT and E2E targets, each as a fraction of the
     target, in multiples of ``miss_s`` seconds; then as ``PredictedE2eGuarded``. Without targets it is just that.
 
@@ -245,7 +227,6 @@ class PredictedSlack:
     """
 
     needs: ClassVar = Evidence.PREDICTION
-    harm: ClassVar = False
     prefix: ClassVar = True
 
     def __init__(self, miss_s: float, margin: float, otherwise: "PredictedE2eGuarded") -> None:
@@ -270,7 +251,7 @@ class PredictedSlack:
     """Beyond this multiple of its target a request is lost anyway."""
 
 
-class PredictedHarm:
+class PredictedHarm(Rank):
     """Predicted E2E of the new request plus ``weight`` times the latency that it adds to the others (both seconds)."""
 
     needs: ClassVar = Evidence.PREDICTION

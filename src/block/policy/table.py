@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from block.errors import ConfigError, UnknownNameError
+from block.options import check_options, name_and_options
 from block.policy import rank as ranks
 from block.policy.affinity import BoundedHash, PrefixAffinity
 from block.policy.hold import Hold
@@ -136,7 +137,6 @@ POLICIES: dict[str, PolicySpec] = {
     "block-ttft": PolicySpec("lowest predicted TTFT of all instances", _everyone(ranks.PredictedTtft)),
     "block-preemptions": PolicySpec("predicted E2E, plus preemption_s (0.5) for each one foreseen", _block_preemptions),
     "block-harm": PolicySpec("predicted E2E plus weight (1) times the latency added to the others", _block_harm),
-    "block-late": PolicySpec("as block, by its older name", _block),
     "block-slo": PolicySpec("as block, but what each request would miss of its own targets comes first", _block_slo),
 }
 
@@ -157,16 +157,7 @@ def make_policy(name: str, **options: Any) -> Policy:
     if spec is None:
         raise UnknownNameError("policy", name, POLICIES)
     known = inspect.signature(spec.make).parameters
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        has = f"it has {', '.join(known)}" if known else "it has none"
-        raise ConfigError(f"The policy {name} has no option {', '.join(unknown)}: {has}.")
-    for option, given in options.items():
-        default = known[option].default
-        if isinstance(given, bool) or not isinstance(given, (int, type(default))):
-            raise ConfigError(
-                f"The option {option} of the policy {name} must be a number like {default}, not {given!r}."
-            )
+    check_options(f"policy {name}", known, options)
     return spec.make(**options)._replace(name=name)
 
 
@@ -176,14 +167,5 @@ def policy_from(text: str) -> Policy:
     Raises:
         UnknownNameError, ConfigError: as ``make_policy``.
     """
-    name, _, tail = text.partition(":")
-    options: dict[str, int | float] = {}
-    for part in filter(None, tail.split(",")):
-        key, equals, number = part.partition("=")
-        try:
-            options[key] = float(number) if "." in number or "e" in number else int(number)
-        except ValueError:
-            raise ConfigError(f"Write policy options as {name}:option=number, not {text!r}.") from None
-        if not equals:
-            raise ConfigError(f"Write policy options as {name}:option=number, not {text!r}.")
+    name, options = name_and_options(text)
     return make_policy(name, **options)._replace(name=text)

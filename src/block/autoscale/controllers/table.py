@@ -11,6 +11,7 @@ from block.autoscale.controllers.rules import Preempt, Relief, Static
 from block.autoscale.terms import Controller, Kind
 from block.core import Slo
 from block.errors import ConfigError, UnknownNameError
+from block.options import check_options, name_and_options
 
 
 class ControllerSpec(NamedTuple):
@@ -62,19 +63,13 @@ def controller_from(text: str, kinds: Sequence[Kind], slo: Slo | None = None, **
         UnknownNameError: no such controller; lists those there are.
         ConfigError: no kinds, an option that it does not have, or a value that it cannot take.
     """
-    name, _, tail = text.partition(":")
+    name, written = name_and_options(text)
     spec = _spec(name)
     if not kinds:
         raise ConfigError("A controller needs at least one kind of instance.")
     known = {key: p for key, p in inspect.signature(spec.make).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    given = _written(text, tail) | options
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ConfigError(f"The controller {name} has no option {', '.join(unknown)}: it has {', '.join(known)}.")
-    for option, value in given.items():
-        default = known[option].default
-        if isinstance(value, bool) or not isinstance(value, (int, type(default))):
-            raise ConfigError(f"The option {option} of {name} must be a number like {default}, not {value!r}.")
+    given: dict[str, Any] = written | options
+    check_options(f"controller {name}", known, given)
     return spec.make(tuple(kinds), slo, **given)
 
 
@@ -82,16 +77,3 @@ def _spec(name: str) -> ControllerSpec:
     if name not in CONTROLLERS:
         raise UnknownNameError("controller", name, CONTROLLERS)
     return CONTROLLERS[name]
-
-
-def _written(text: str, tail: str) -> dict[str, Any]:
-    given: dict[str, Any] = {}
-    for part in filter(None, tail.split(",")):
-        key, equals, number = part.partition("=")
-        try:
-            given[key] = float(number) if "." in number or "e" in number else int(number)
-        except ValueError:
-            raise ConfigError(f"Write options as name:option=number, not {text!r}.") from None
-        if not equals:
-            raise ConfigError(f"Write options as name:option=number, not {text!r}.")
-    return given

@@ -325,7 +325,7 @@ class Tape:
             shown = {
                 name: member for name, member in first.items() if name not in ("choices", "usage", "prompt_token_ids")
             }
-            events = b"data: " + msgspec.json.encode(shown | {"choices": [], "usage": self._usage({})}) + b"\n\n"
+            events += b"data: " + msgspec.json.encode(shown | {"choices": [], "usage": self._usage({})}) + b"\n\n"
         if not self._done:
             events += b"data: [DONE]\n\n"
         return (chunk(events) if events else b"") + LAST_CHUNK
