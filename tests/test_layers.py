@@ -16,9 +16,9 @@ LAYERS = (
     ("length",),
     ("predict",),
     ("policy", "workload", "metrics", "autoscale.terms", "autoscale.controllers"),
-    ("predictor", "replay", "simulate"),
+    ("predictor", "replay", "simulate", "dashboard"),
     ("emulate", "integrations", "gateway", "autoscale"),
-    ("demo", "conformance", "dashboard"),
+    ("demo", "conformance"),
     ("cli",),
     ("__main__",),
 )

@@ -21,6 +21,7 @@ class FakeGateway:
     def __init__(self) -> None:
         self.instances: dict[str, dict[str, Any]] = {}
         self.arrivals: list[list[Any]] = []
+        self.sent: list[list[Any]] = []
         self.ends: list[list[Any]] = []
         self.ready_after = 0
         self.silent = False
@@ -53,7 +54,9 @@ class FakeGateway:
     def arrive(self, count: int, *, prompt: int = 100, output: int | None = 50, e2e_s: float = 1.0) -> None:
         """Requests that come now."""
         for _ in range(count):
-            self.arrivals.append([len(self.arrivals) + 1, time.time(), prompt, output, 0.1, e2e_s])
+            number = len(self.arrivals) + 1
+            self.arrivals.append([number, time.time(), prompt])
+            self.sent.append([number, time.time(), output, 0.1, e2e_s])
 
     def finish(self, number: int, *, ttft_s: float | None = 0.1, e2e_s: float | None = 1.0, output: int = 77) -> None:
         self.ends.append([number, time.time(), ttft_s, e2e_s, output])
@@ -108,7 +111,7 @@ class FakeGateway:
 
     async def _recent(self, request: web.Request) -> web.Response:
         self._advance()
-        _, arrived, ended = (request.query.get("after") or "x.0.0").split(".")
+        _, arrived, sent, ended = (request.query.get("after") or "x.0.0.0").split(".")
         seen = [
             {"name": one["name"], "url": one["url"], "predictor": one.get("predictor"), "state": one["state"], "reason": "",
              "in_flight": one["in_flight"], "fresh": True, "running": 1, "waiting": one.get("waiting", 0),
@@ -116,9 +119,9 @@ class FakeGateway:
             for one in self.instances.values()
         ]  # fmt: skip
         answer = {
-            "at_s": time.time(), "cursor": f"x.{len(self.arrivals)}.{len(self.ends)}", "missed": 0,
-            "arrivals": self.arrivals[int(arrived) :], "ends": self.ends[int(ended) :], "in_flight": 3, "queued": 2,
-            "instances": seen,
+            "at_s": time.time(), "cursor": f"x.{len(self.arrivals)}.{len(self.sent)}.{len(self.ends)}", "missed": 0,
+            "arrivals": self.arrivals[int(arrived) :], "sent": self.sent[int(sent) :], "ends": self.ends[int(ended) :],
+            "in_flight": 3, "queued": 2, "instances": seen,
         }  # fmt: skip
         return web.json_response(answer)
 

@@ -67,6 +67,21 @@ async def test_a_held_request_is_sent_after_the_longest_wait_whatever_the_predic
     assert float(headers["x-block-overhead-ms"]) >= 100
 
 
+async def test_what_is_told_of_a_held_request_comes_when_it_is_sent_and_counts_the_wait(begin: Begin) -> None:
+    client, _, _ = await begin(policy="block:most_s=0.1", admin_key="k")
+    recent = client.gateway.dispatcher.recent
+    task = asyncio.create_task(client.post())
+    await until(lambda: len(client.gateway.dispatcher.holding) == 1)
+    before = recent.after("", client.gateway.dispatcher, client.gateway.pool)
+    assert (len(before.arrivals), before.sent) == (1, [])
+    await task
+    after = recent.after(before.cursor, client.gateway.dispatcher, client.gateway.pool)
+    ((number, predicted_ttft_s),) = ((one.number, one.predicted_ttft_s) for one in after.sent)
+    assert number == before.arrivals[0].number
+    assert predicted_ttft_s is not None
+    assert predicted_ttft_s > 0.1
+
+
 async def test_a_client_that_leaves_leaves_no_held_request(begin: Begin) -> None:
     client, engine, predictor = await begin()
     task = asyncio.create_task(client.post())

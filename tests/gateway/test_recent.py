@@ -20,11 +20,13 @@ async def test_arrivals_and_ends_are_told_once_and_in_order(start: Start) -> Non
     client = await start(FakeEngine(), admin_key="secret")
     await client.post(body={"stream": True, "max_tokens": 9})
     first = await recent(client)
-    ((number, at_s, prompt_tokens, *_),) = first["arrivals"]
+    ((number, at_s, prompt_tokens),) = first["arrivals"]
+    ((sent, sent_s, expected_tokens, predicted_ttft_s, predicted_e2e_s),) = first["sent"]
     ((ended, ended_s, ttft_s, e2e_s, output_tokens),) = first["ends"]
-    assert number == ended == 1
+    assert number == sent == ended == 1
     assert prompt_tokens > 0
-    assert at_s <= ended_s <= first["at_s"]
+    assert at_s <= sent_s <= ended_s <= first["at_s"]
+    assert expected_tokens is predicted_ttft_s is predicted_e2e_s is None, "round-robin asks nobody"
     assert 0 < ttft_s <= e2e_s
     assert output_tokens is not None
     assert first["missed"] == 0
@@ -32,7 +34,8 @@ async def test_arrivals_and_ends_are_told_once_and_in_order(start: Start) -> Non
     second = await recent(client, first["cursor"])
     assert [one[0] for one in second["arrivals"]] == [2]
     assert [one[0] for one in second["ends"]] == [2]
-    assert (await recent(client, second["cursor"]))["arrivals"] == []
+    third = await recent(client, second["cursor"])
+    assert third["arrivals"] == third["sent"] == third["ends"] == []
 
 
 async def test_it_says_who_is_ready_and_what_is_in_flight(start: Start) -> None:
@@ -69,4 +72,4 @@ async def test_it_needs_the_admin_key_and_a_cursor_that_is_one(start: Start) -> 
     client = await start(FakeEngine(), admin_key="secret")
     assert (await client.get("/admin/recent"))[0] == 401
     assert (await client.get("/admin/recent?after=nonsense", **ADMIN))[0] == 400
-    assert (await recent(client, "00000000.9.9"))["arrivals"] == [], "a cursor of another process counts as none"
+    assert (await recent(client, "00000000.9.9.9"))["arrivals"] == [], "a cursor of another process counts as none"

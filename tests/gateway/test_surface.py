@@ -265,6 +265,20 @@ async def test_a_silent_stream_gets_comments_between_its_events_and_only_there(s
 # The admin surface
 
 
+async def test_the_live_page_needs_the_door_but_not_the_key_and_holds_no_data(start: Start) -> None:
+    client = await start(FakeEngine(), admin_port=0, admin_key="k")
+    page = f"http://127.0.0.1:{client.gateway.admin_port}/admin/dashboard"
+    async with client.session.get(page) as got:
+        assert (got.status, got.content_type) == (200, "text/html")
+        assert "default-src 'none'" in got.headers["content-security-policy"]
+        text = await got.text()
+    assert "recent?after=" in text, "what it shows it asks for, with the key"
+    assert "://" not in text, "it loads nothing from elsewhere"
+    assert (await client.get("/admin/dashboard"))[0] == 404, "administration has a port of its own here"
+    other = await start(FakeEngine())
+    assert (await other.get("/admin/dashboard"))[0] == 404, "no key and no port: no administration"
+
+
 async def test_the_admin_port_is_the_only_door_to_administration(start: Start) -> None:
     client = await start(FakeEngine(), admin_port=0)
     admin = f"http://127.0.0.1:{client.gateway.admin_port}"

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import msgspec
 
+from block import dashboard
 from block.errors import ClientError, UserError
 from block.gateway.config import InstanceConfig
 from block.gateway.members.pool import Instance
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 class Admin:
     """``/admin/instances``: GET lists, POST adds; ``.../NAME``: DELETE removes; ``.../NAME/drain``: POST drains.
 
-    ``/admin/recent``: what came and ended lately. ``/admin/changes``: what was changed here, for a worker that starts later.
+    ``/admin/recent``: what came and ended lately; ``/admin/dashboard``: the page that shows it.
+    ``/admin/changes``: what was changed here, for a worker that starts later.
     """
 
     def __init__(self, app: "App", *, own_port: bool) -> None:
@@ -38,8 +40,12 @@ class Admin:
         Raises:
             ClientError: not allowed, not found, or not understood.
         """
-        self.check_allowed(client, http)
         parts = [unquote(part) for part in http.path.removeprefix("/admin/").split("/")]
+        if http.method in (b"GET", b"HEAD") and parts == ["dashboard"]:
+            self._check_door(client)  # no key: a browser cannot bring it along, and the page itself tells nothing
+            client.answer(200, dashboard.page(), dashboard.CONTENT_TYPE, dashboard.HEADERS)
+            return
+        self.check_allowed(client, http)
         workers = None if client.surface is Surface.WORKER else self._app.workers
         if http.method == b"GET" and parts == ["recent"]:
             cursor = parse_qs(http.target.partition(b"?")[2].decode("ascii", "replace")).get("after", [""])[-1]
@@ -64,10 +70,8 @@ class Admin:
         """
         if client.surface is Surface.WORKER:
             return  # a socket that only this user's processes can open
-        key, own_port = self._app.config.admin_key, self._own_port
-        if (own_port and client.surface is not Surface.ADMIN) or (not own_port and not key):
-            why = "it has a port of its own" if own_port else "no admin key is set"
-            raise ClientError(404, f"There is no administration here: {why}.", code="not_found")
+        self._check_door(client)
+        key = self._app.config.admin_key
         if key:
             given = http.fields.get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + key.encode()):
@@ -76,6 +80,12 @@ class Admin:
                 )
         elif b"origin" in http.fields:  # a page in a browser on this host must not reach an open port through it
             raise ClientError(403, "Browsers may not use this without an admin key.", code="forbidden")
+
+    def _check_door(self, client: ClientConnection) -> None:
+        own_port = self._own_port
+        if (own_port and client.surface is not Surface.ADMIN) or (not own_port and not self._app.config.admin_key):
+            why = "it has a port of its own" if own_port else "no admin key is set"
+            raise ClientError(404, f"There is no administration here: {why}.", code="not_found")
 
     def _answer(
         self, http: HttpRequest, parts: Sequence[str]

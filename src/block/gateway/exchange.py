@@ -15,7 +15,6 @@ from block.core import Decision, Prediction, Request
 from block.errors import ClientError, InstanceUnreachableError, StreamBrokenError
 from block.gateway.deciding.residuals import Interval
 from block.gateway.members.pool import Instance
-from block.gateway.records.recent import Arrived
 from block.gateway.wire.answers import AnswerHead
 from block.gateway.wire.continuation import Tape
 from block.gateway.wire.headers import prediction_lines
@@ -109,8 +108,8 @@ class Exchange:
         self.tokens = 0
         self.expected_total = 0
         self.estimate: Any = None
-        self.arrival: Arrived | None = None
-        """Its place among the recent arrivals."""
+        self.arrival: int | None = None
+        """Its number among the recent arrivals."""
         self.output_tokens: int | None = None
         """Of a whole answer, as counted at its end."""
         self.status = 0

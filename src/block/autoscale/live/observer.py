@@ -99,25 +99,22 @@ class Observer:
         times = [look.at_s for look in self._looks.values()]
         numbers = list(self._looks)
         arrived: dict[int, list[Arrival]] = {}
-        slow: list[float] = []
-        ttfts: list[float] = []
         for one in answer.arrivals:
             at_s = one.at_s + behind_s
             if at_s < from_s:
                 continue
             look = numbers[bisect_left(times, at_s + LATE_S)] if at_s + LATE_S < times[-1] else numbers[-1]
             place = len(self._looks[look].arrivals) + len(arrived.setdefault(look, []))
-            truth = outputs.pop(one.number, None)
-            arrived[look].append(Arrival(at_s, one.prompt_tokens, truth or one.output_tokens or likely))
-            if truth is None and len(self._open) < OPEN_MOST:
+            arrived[look].append(Arrival(at_s, one.prompt_tokens, likely))
+            if len(self._open) < OPEN_MOST:
                 self._open[url, one.number] = (look, place)
-            if one.predicted_e2e_s is not None:
-                slow.append(one.predicted_e2e_s)
-            if one.predicted_ttft_s is not None:
-                ttfts.append(one.predicted_ttft_s)
         for look, added in arrived.items():
             self._change(look, arrivals=(*self._looks[look].arrivals, *added))
-        self._learn(url, outputs)
+        self._learn(url, {one.number: one.output_tokens for one in answer.sent if one.output_tokens})
+        for number in self._learn(url, outputs):
+            del self._open[url, number]
+        slow = [one.predicted_e2e_s for one in answer.sent if one.predicted_e2e_s is not None]
+        ttfts = [one.predicted_ttft_s for one in answer.sent if one.predicted_ttft_s is not None]
         newest = self._looks[self._look]
         served = [
             Served(end.at_s + behind_s, end.ttft_s, end.e2e_s) for end in answer.ends if end.at_s + behind_s >= from_s
@@ -129,17 +126,19 @@ class Observer:
             predicted_ttft_s=max([*ttfts, *_known(newest.predicted_ttft_s)], default=None),
         )  # fmt: skip
 
-    def _learn(self, url: str, outputs: dict[int, int]) -> None:
-        """Requests of earlier looks that ended: now their output tokens are known."""
+    def _learn(self, url: str, outputs: dict[int, int]) -> list[int]:
+        """Output tokens of open requests, estimated or true; the numbers of those that are open."""
         changed: dict[int, list[Arrival]] = {}
-        for number, tokens in outputs.items():
-            look, place = self._open.pop((url, number), (0, 0))
+        found = [number for number in outputs if (url, number) in self._open]
+        for number in found:
+            tokens, (look, place) = outputs[number], self._open[url, number]
             if look not in self._looks or place >= len(self._looks[look].arrivals):
                 continue
             arrivals = changed.setdefault(look, list(self._looks[look].arrivals))
             arrivals[place] = msgspec.structs.replace(arrivals[place], output_tokens=tokens)
         for look, arrivals in changed.items():
             self._change(look, arrivals=tuple(arrivals))
+        return found
 
     def _change(self, look: int, **fields: object) -> None:
         self._looks[look] = msgspec.structs.replace(self._looks[look], **fields)

@@ -193,6 +193,7 @@ def _merged_recent(parts: dict[int, Any], cursors: dict[str, str]) -> dict[str, 
         "at_s": first["at_s"],
         "missed": 0,
         "arrivals": [],
+        "sent": [],
         "ends": [],
         "in_flight": 0,
         "queued": 0,
@@ -202,14 +203,14 @@ def _merged_recent(parts: dict[int, Any], cursors: dict[str, str]) -> dict[str, 
         cursors[str(n)] = part["cursor"]
         for name in ("missed", "in_flight", "queued"):
             merged[name] += part[name]
-        for name in ("arrivals", "ends"):  # numbers of one worker mean nothing to another
+        for name in ("arrivals", "sent", "ends"):  # numbers of one worker mean nothing to another
             merged[name] += [[(n << 48) + row[0], *row[1:]] for row in part[name]]
         for seen in part["instances"]:
             known = instances.setdefault(seen["name"], seen)
             if known is not seen:
                 known["in_flight"] += seen["in_flight"]
-    merged["arrivals"].sort(key=lambda row: row[1])
-    merged["ends"].sort(key=lambda row: row[1])
+    for name in ("arrivals", "sent", "ends"):
+        merged[name].sort(key=lambda row: row[1])
     merged["instances"] = list(instances.values())
     merged["cursor"] = "_".join(f"{n}:{cursor}" for n, cursor in sorted(cursors.items()))
     return merged

@@ -1,12 +1,12 @@
 """What came and what became of it lately, for those who provision: ``GET /admin/recent?after=CURSOR``.
 
-Two bounded rings, one of arrivals and one of ends, read with a cursor. No prompt, no client, no name is in them.
+Three bounded rings, of arrivals, decisions and ends, read with one cursor. No prompt, no client, no name is in them.
 """
 
 import os
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
@@ -18,15 +18,28 @@ if TYPE_CHECKING:
     from block.gateway.members.pool import Pool
 
 
-class Arrived(msgspec.Struct, array_like=True, gc=False):
-    """One request that came. ``output_tokens`` is what was expected of it; predictions are the chosen instance's."""
+Row = TypeVar("Row")
+
+
+class Arrived(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """One request that came."""
 
     number: int
     at_s: float
     prompt_tokens: int
-    output_tokens: int | None = None
-    predicted_ttft_s: float | None = None
-    predicted_e2e_s: float | None = None
+
+
+class Sent(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """Arrival ``number`` went to an instance, for the first or another time; it may have been held for a while before.
+
+    ``output_tokens`` is what was expected of it then; predictions are the chosen instance's, in seconds from the arrival.
+    """
+
+    number: int
+    at_s: float
+    output_tokens: int | None
+    predicted_ttft_s: float | None
+    predicted_e2e_s: float | None
 
 
 class Ended(msgspec.Struct, array_like=True, gc=False, frozen=True):
@@ -62,10 +75,28 @@ class RecentAnswer(msgspec.Struct, kw_only=True):
     cursor: str
     missed: int
     arrivals: list[Arrived]
+    sent: list[Sent]
     ends: list[Ended]
     in_flight: int
     queued: int
     instances: list[Seen]
+
+
+class Ring(Generic[Row]):
+    """The last ``kept`` rows, and how many there have been."""
+
+    def __init__(self, kept: int) -> None:
+        self._rows = deque[Row](maxlen=kept)
+        self.count = 0
+
+    def append(self, row: Row) -> None:
+        self._rows.append(row)
+        self.count += 1
+
+    def after(self, count: int) -> list[Row]:
+        """Those since there had been ``count``, as far as they are kept."""
+        new = min(max(self.count - count, 0), len(self._rows))
+        return list(self._rows)[len(self._rows) - new :]
 
 
 class Recent:
@@ -73,38 +104,37 @@ class Recent:
 
     def __init__(self, kept: int) -> None:
         self._boot = os.urandom(4).hex()
-        self._arrivals = deque[Arrived](maxlen=kept)
-        self._ends = deque[Ended](maxlen=kept)
-        self._arrived = self._ended = 0
+        self._arrivals, self._sent, self._ends = Ring[Arrived](kept), Ring[Sent](kept), Ring[Ended](kept)
 
     def arrived(self, exchange: "Exchange") -> None:
         """A request was taken in."""
         if exchange.generating:
-            self._arrived += 1
-            exchange.arrival = Arrived(self._arrived, exchange.request.arrived_s, exchange.request.prompt_tokens)
-            self._arrivals.append(exchange.arrival)
+            exchange.arrival = self._arrivals.count + 1
+            request = exchange.request
+            self._arrivals.append(Arrived(exchange.arrival, request.arrived_s, request.prompt_tokens))
 
-    @staticmethod
-    def decided(exchange: "Exchange") -> None:
+    def decided(self, exchange: "Exchange") -> None:
         """It goes to an instance, for the first or another time."""
-        arrival, prediction = exchange.arrival, exchange.prediction
-        if arrival is not None:
-            arrival.output_tokens = exchange.expected_total or None
-            if prediction is not None:
-                arrival.predicted_ttft_s, arrival.predicted_e2e_s = prediction.ttft_s, prediction.e2e_s
+        number, prediction = exchange.arrival, exchange.prediction
+        if number is None:
+            return
+        now_s = time.time()
+        held_s, ttft_s, e2e_s = max(now_s - exchange.request.arrived_s, 0.0), None, None
+        if prediction is not None:
+            ttft_s, e2e_s = held_s + prediction.ttft_s, held_s + prediction.e2e_s
+        self._sent.append(Sent(number, now_s, exchange.expected_total or None, ttft_s, e2e_s))
 
     def ended(self, exchange: "Exchange", error: BlockError | None) -> None:
         """It is over. What its client did wrong is no end worth counting."""
-        arrival = exchange.arrival
-        if arrival is None or (isinstance(error, ClientError) and error.status < 429):
+        number = exchange.arrival
+        if number is None or (isinstance(error, ClientError) and error.status < 429):
             return
         if error is None and 400 <= exchange.status < 500 and exchange.status != 429:
             return
         failed = error is not None or exchange.status >= 400
         ttft_s = None if failed else exchange.first_byte_s - exchange.arrived_s
         e2e_s = None if failed else exchange.answered_s - exchange.arrived_s
-        self._ended += 1
-        self._ends.append(Ended(arrival.number, time.time(), ttft_s, e2e_s, exchange.output_tokens))
+        self._ends.append(Ended(number, time.time(), ttft_s, e2e_s, exchange.output_tokens))
 
     def after(self, cursor: str, dispatcher: "Dispatcher", pool: "Pool") -> RecentAnswer:
         """All that came after a cursor (``""``: all that is kept); a cursor of another process counts as none.
@@ -112,26 +142,26 @@ class Recent:
         Raises:
             ClientError: 400, it is no cursor.
         """
-        boot, arrived, ended = _parsed(cursor)
+        boot, arrived, sent, ended = _parsed(cursor)
         if boot != self._boot:
-            arrived = ended = 0
-        arrivals = [a for a in self._arrivals if a.number > arrived]
-        ends = list(self._ends)[-(self._ended - ended) :] if self._ended > ended else []
-        missed = max(0, self._arrived - arrived - len(arrivals))
+            arrived = sent = ended = 0
+        arrivals = self._arrivals.after(arrived)
+        missed = max(0, self._arrivals.count - arrived - len(arrivals))
+        now = f"{self._boot}.{self._arrivals.count}.{self._sent.count}.{self._ends.count}"
         return RecentAnswer(
-            at_s=time.time(), cursor=f"{self._boot}.{self._arrived}.{self._ended}", missed=missed,
-            arrivals=arrivals, ends=ends, in_flight=len(dispatcher.active), queued=len(dispatcher.queue),
+            at_s=time.time(), cursor=now, missed=missed, arrivals=arrivals, sent=self._sent.after(sent),
+            ends=self._ends.after(ended), in_flight=len(dispatcher.active), queued=len(dispatcher.queue),
             instances=[_seen(instance, dispatcher) for instance in pool.instances.values()],
         )  # fmt: skip
 
 
-def _parsed(cursor: str) -> tuple[str, int, int]:
+def _parsed(cursor: str) -> tuple[str, int, int, int]:
     if not cursor:
-        return "", 0, 0
+        return "", 0, 0, 0
     boot, *numbers = cursor.split(".")
-    if len(numbers) != 2 or not all(n.isascii() and n.isdigit() and len(n) < 19 for n in numbers):
+    if len(numbers) != 3 or not all(n.isascii() and n.isdigit() and len(n) < 19 for n in numbers):
         raise ClientError(400, "after must be the cursor of an earlier answer.", param="after")
-    return boot, int(numbers[0]), int(numbers[1])
+    return boot, int(numbers[0]), int(numbers[1]), int(numbers[2])
 
 
 def _seen(instance: Any, dispatcher: "Dispatcher") -> Seen:
