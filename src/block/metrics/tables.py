@@ -17,11 +17,14 @@ _SECONDS = (
 
 
 def summary_table(summaries: Mapping[str, Summary], title: str | None = None, *, first_column: str = "policy") -> Table:
-    """One line a summary. The best figure of each latency column is bold."""
+    """One line a summary. The best figure of each latency column is bold; without targets there is no column for them."""
     table = Table(title=title, caption="latencies in seconds from the intended send; TPOT in milliseconds")
     table.add_column(first_column, no_wrap=True)
-    for head in (*(head for head, _ in _SECONDS), "TPOT ms", "preempted", "failed", "requests/s", "SLO met"):
+    for head in (*(head for head, _ in _SECONDS), "TPOT ms", "preempted", "failed", "requests/s"):
         table.add_column(head, justify="right")
+    targets = any(summary.slo_attainment_fraction is not None for summary in summaries.values())
+    if targets:
+        table.add_column("SLO met", justify="right")
     best = {
         name: min((v for s in summaries.values() if (v := getattr(s, name)) is not None), default=None)
         for _, name in _SECONDS
@@ -34,7 +37,7 @@ def summary_table(summaries: Mapping[str, Summary], title: str | None = None, *,
             "-" if summary.preemptions is None else str(summary.preemptions),
             str(summary.failed + summary.rejected),
             f"{summary.requests_rps:.1f}",
-            "-" if summary.slo_attainment_fraction is None else f"{summary.slo_attainment_fraction:.1%}",
+            *([_percent(summary.slo_attainment_fraction)] if targets else []),
         )
     return table
 
@@ -48,6 +51,10 @@ def summary_json(summary: Summary) -> dict[str, Any]:
     """A summary as plain JSON values."""
     fields: dict[str, Any] = msgspec.to_builtins(summary)
     return fields
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{fraction:.1%}"
 
 
 def _seconds(value: float | None, best: float | None) -> str:
