@@ -8,12 +8,26 @@ import click
 from block import __version__
 from block.errors import UserError
 
-# Subcommands in the order of the help text. Each is ``command``, a click command or group, in block.cli.NAME.
-COMMANDS = (
-    "demo", "serve", "predictor", "autoscale", "emulate", "replay",
-    "policies", "profiles", "profile", "fit", "calibrate", "validate", "bench",
-    "simulate", "capacity", "compare", "length", "conformance",
-)  # fmt: skip
+COMMANDS = {  # in the order of the help text; each is ``command``, a click command or group, in block.cli.NAME
+    "demo": "The whole system on this machine, without a GPU.",
+    "serve": "The gateway: OpenAI's API in front of several engines.",
+    "predictor": "The sidecar of one engine: streams its state, predicts.",
+    "autoscale": "Keep as many instances as the load needs.",
+    "emulate": "An OpenAI server that behaves like vLLM, without a GPU.",
+    "replay": "Open-loop load against any OpenAI endpoint.",
+    "policies": "List the routing policies.",
+    "profiles": "List the shipped step-time profiles.",
+    "profile": "Show a profile, or import one from kernel tables.",
+    "fit": "Fit a profile to measured steps.",
+    "calibrate": "Measure a profile from a live engine.",
+    "validate": "Judge the engine model against a measured run.",
+    "bench": "Measure Block's hot paths on this machine.",
+    "simulate": "A whole cluster in virtual time.",
+    "capacity": "The highest rate at which a criterion holds.",
+    "compare": "Policies over rates: a table and figures.",
+    "length": "Output lengths: train, evaluate, predict.",
+    "conformance": "Check any OpenAI-compatible gateway from outside.",
+}
 
 
 class LazyGroup(click.Group):
@@ -27,6 +41,10 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(f"block.cli.{cmd_name}").command
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
