@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from block.cli import COMMANDS
+from block.policy import table as policy_table
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,3 +37,16 @@ def test_the_two_commands_of_the_readme_are_rules_of_the_makefile() -> None:
     assert "\ndemo:" in makefile
     assert "\ntest:" in makefile
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_python_of_the_researchers_page_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(policy_table, "POLICIES", dict(policy_table.POLICIES))
+    text = (ROOT / "docs" / "research.md").read_text()
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "docs/research.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(\S+) +TTFT P99 [\d.]+ s", printed, re.MULTILINE) == ["emptiest", "least-outstanding", "block"]
+    assert "requests/s (" in printed

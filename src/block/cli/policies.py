@@ -20,10 +20,11 @@ def command(*, as_json: bool) -> None:
 
     import msgspec
 
-    from block.policy.table import POLICIES, make_policy
+    from block.policy.table import make_policy, policy_names, policy_spec
 
     rows: list[dict[str, Any]] = []
-    for name, spec in POLICIES.items():
+    for name in policy_names():
+        spec = policy_spec(name)
         options = {option: p.default for option, p in inspect.signature(spec.make).parameters.items()}
         needs = make_policy(name).rank.needs.name.lower()
         rows.append({"name": name, "description": spec.description, "needs": needs, "options": options})

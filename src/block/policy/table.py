@@ -1,8 +1,14 @@
-"""Every policy by name, with what it is and how to make one."""
+"""Every policy by name, with what it is and how to make one.
+
+Other packages may bring policies of their own: entry points in the group ``block.policies``, each a ``PolicySpec`` under its
+name. They are loaded when somebody asks for them, and never take the place of one that is here.
+"""
 
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Final, NamedTuple
 
 from block.errors import ConfigError, UnknownNameError
 from block.options import check_options, name_and_options
@@ -141,9 +147,38 @@ POLICIES: dict[str, PolicySpec] = {
 }
 
 
+ENTRY_POINTS: Final = "block.policies"
+
+
 def policy_names() -> list[str]:
-    """Names of all policies, in the table's order."""
-    return list(POLICIES)
+    """Names of all policies, in the table's order, then those that other packages bring."""
+    return [*POLICIES, *(name for name in _brought() if name not in POLICIES)]
+
+
+def policy_spec(name: str) -> PolicySpec:
+    """The row of a policy.
+
+    Raises:
+        UnknownNameError: no such policy; lists those there are.
+        ConfigError: another package brings it, and it cannot be used.
+    """
+    if name in POLICIES:
+        return POLICIES[name]
+    point = _brought().get(name)
+    if point is None:
+        raise UnknownNameError("policy", name, policy_names())
+    try:
+        spec = point.load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"The policy {name} cannot be loaded from {point.value}: {error}.") from error
+    if not isinstance(spec, PolicySpec):
+        raise ConfigError(f"{point.value} is not a PolicySpec, so there is no policy {name}.")
+    return spec
+
+
+@cache
+def _brought() -> Mapping[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
 def make_policy(name: str, **options: Any) -> Policy:
@@ -153,9 +188,7 @@ def make_policy(name: str, **options: Any) -> Policy:
         UnknownNameError: no such policy; lists those there are.
         ConfigError: an option that the policy does not have, or a value that it cannot take.
     """
-    spec = POLICIES.get(name)
-    if spec is None:
-        raise UnknownNameError("policy", name, POLICIES)
+    spec = policy_spec(name)
     known = inspect.signature(spec.make).parameters
     check_options(f"policy {name}", known, options)
     return spec.make(**options)._replace(name=name)
