@@ -19,7 +19,7 @@ extensions = [
     Extension(
         "block." + path.replace("/", "."),
         [f"src/block/{path}.py"],
-        extra_compile_args=["-O3", "-fno-math-errno"],
+        extra_compile_args=["-O3", "-fno-math-errno", "-g0"],
         optional=True,  # a failed compilation leaves the uncompiled form
     )
     for path in HOT
