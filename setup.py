@@ -7,6 +7,8 @@ from setuptools import Extension, setup
 
 HOT = [
     "steptime/curve",
+    "engine/sequence",
+    "engine/blocks",
     "engine/scheduler",
     "engine/store",
     "engine/kernel",

@@ -17,7 +17,7 @@ import uvloop
 
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import Sequence
+from block.engine.sequence import Sequence
 from block.predict.capture import Recorder
 from block.predict.snapshot import HEADER, decode, encode
 from block.steptime.profile import load_profile

@@ -7,7 +7,7 @@ import pytest
 
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import Sequence
+from block.engine.sequence import Sequence
 from block.predict import snapshot as s
 from block.predict.capture import Recorder, cached_keys, size_max
 

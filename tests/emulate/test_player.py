@@ -11,7 +11,7 @@ from block.emulate.pace import PausableClock
 from block.emulate.player import Player
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import Sequence
+from block.engine.sequence import Sequence
 
 from .served import PROFILE
 

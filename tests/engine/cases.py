@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import Sequence
+from block.engine.sequence import Sequence
 from block.steptime.profile import load_profile
 
 MODEL_LEN = 600

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import FINISHED, PREEMPTED, RUNNING, WAITING, Sequence
+from block.engine.sequence import FINISHED, PREEMPTED, RUNNING, WAITING, Sequence
 from engine.cases import curve
 
 MODEL_LEN = 400

@@ -18,6 +18,8 @@ from types import ModuleType
 SOURCES = Path(__file__).parents[2] / "src"
 HOT = (
     "steptime.curve",
+    "engine.sequence",
+    "engine.blocks",
     "engine.scheduler",
     "engine.store",
     "engine.kernel",
@@ -46,7 +48,7 @@ def outcome() -> dict[str, object]:
     from block.engine.kernel import FastEngine
     from block.engine.limits import EngineLimits
     from block.engine.pipeline import Engine
-    from block.engine.scheduler import Sequence as EngineSequence
+    from block.engine.sequence import Sequence as EngineSequence
     from block.predict.capture import Recorder
     from block.predict.snapshot import MAX_TOKENS, decode
     from block.predict.whatif import Mirror, predict_all

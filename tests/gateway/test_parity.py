@@ -9,7 +9,7 @@ import pytest
 from block.core import InstanceId, Request
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import Sequence
+from block.engine.sequence import Sequence
 from block.gateway.config import GatewayConfig, InstanceConfig
 from block.gateway.deciding.decider import Decider
 from block.gateway.deciding.evidence import Evidence

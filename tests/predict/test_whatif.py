@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from block.core import Request
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import FINISHED
+from block.engine.sequence import FINISHED
 from block.errors import BadInputError
 from block.predict.capture import Recorder
 from block.predict.snapshot import MAX_TOKENS, decode, encode, header_of

@@ -4,7 +4,7 @@ import pytest
 
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import Sequence
+from block.engine.sequence import Sequence
 from block.predict.capture import Recorder
 from block.predict.snapshot import MAX_TOKENS, OUTPUT, decode
 from block.predictor.lengths import SCENARIOS, LengthHistory, scenarios_of

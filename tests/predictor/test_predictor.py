@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import Sequence
+from block.engine.sequence import Sequence
 from block.predict.capture import Recorder
 from block.predict.snapshot import decode, request_key
 from block.predict.whatif import Mirror, predict_all

@@ -8,7 +8,7 @@ import pytest
 from block.core import Request
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import Sequence
+from block.engine.sequence import Sequence
 from block.errors import ConfigError, UserError
 from block.metrics import Row, summarize
 from block.policy import policy_names

@@ -9,7 +9,7 @@ from block.engine.kernel import FastEngine
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
 from block.engine.prefix import PrefixCache
-from block.engine.scheduler import Sequence
+from block.engine.sequence import Sequence
 from block.metrics import summarize
 from block.policy import decide, make_policy
 from block.policy.prefix import CHUNK_BYTES, PrefixIndex, blocks_of

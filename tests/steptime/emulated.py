@@ -4,7 +4,7 @@ import numpy as np
 
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import Sequence
+from block.engine.sequence import Sequence
 from block.predict.snapshot import STEP
 from block.steptime.profile import StepTimeProfile
 from block.steptime.steplog import StepLog

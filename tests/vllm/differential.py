@@ -35,7 +35,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from block.engine.limits import EngineLimits
-from block.engine.scheduler import FINISHED, Scheduler, Sequence
+from block.engine.scheduler import Scheduler
+from block.engine.sequence import FINISHED, Sequence
 from block.integrations.vllm.publisher import StatePublisher
 from block.integrations.vllm.rows import BEYOND_COUNTED
 from block.integrations.vllm.scheduler_view import limits_of_scheduler, waiting_in_order

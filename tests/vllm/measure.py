@@ -13,7 +13,7 @@ import aiohttp
 
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import Sequence as EngineSequence
+from block.engine.sequence import Sequence as EngineSequence
 from block.steptime.profile import StepTimeProfile
 
 

@@ -15,7 +15,7 @@ from block.emulate.pace import PausableClock
 from block.emulate.player import Player
 from block.emulate.publish import Publisher
 from block.engine.pipeline import Engine
-from block.engine.scheduler import Sequence
+from block.engine.sequence import Sequence
 from block.errors import ClientError
 from block.predict.snapshot import request_key
 from block.steptime.profile import load_profile

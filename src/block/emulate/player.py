@@ -17,7 +17,7 @@ from block.emulate.measures import Measures
 from block.emulate.pace import PausableClock
 from block.emulate.timer import Timer
 from block.engine.pipeline import Engine
-from block.engine.scheduler import FINISHED, Sequence
+from block.engine.sequence import FINISHED, Sequence
 
 _time = itemgetter(0)
 

@@ -10,7 +10,8 @@ from collections import deque
 from typing import NamedTuple
 
 from block.engine.limits import EngineLimits
-from block.engine.scheduler import FINISHED, RUNNING, Batch, Scheduler, Sequence
+from block.engine.scheduler import Scheduler
+from block.engine.sequence import FINISHED, RUNNING, Batch, Sequence
 from block.steptime.curve import StepCurve
 
 

@@ -1,6 +1,6 @@
 """Which prompt blocks an engine still holds: references, and who is evicted first. The fast engine's prefix cache.
 
-The same rules as `block.engine.scheduler.PrefixPool`, at the grain of a workload's content keys (one key stands for ``tokens``
+The same rules as `block.engine.blocks.PrefixPool`, at the grain of a workload's content keys (one key stands for ``tokens``
 tokens of a prompt and for all before them) and without identities of memory blocks: the engine counts free blocks, of
 which the idle cached ones are a part. When memory for something else is needed, those idle for longest go first, a
 chain's end before its beginning. What requests generate is not kept.

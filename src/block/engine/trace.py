@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 
 from block.engine.limits import limits_from
-from block.engine.scheduler import Scheduler, Sequence
+from block.engine.scheduler import Scheduler
+from block.engine.sequence import Sequence
 from block.errors import BadInputError
 
 

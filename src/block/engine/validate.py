@@ -11,7 +11,7 @@ import numpy as np
 
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import Sequence as EngineSequence
+from block.engine.sequence import Sequence as EngineSequence
 from block.errors import BadInputError
 from block.steptime.profile import StepTimeProfile
 from block.steptime.steplog import REQUESTS_SUFFIX, STEPS_SUFFIX, Floats, read_rows, rows_as_floats

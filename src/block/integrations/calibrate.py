@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import Sequence as EngineSequence
+from block.engine.sequence import Sequence as EngineSequence
 from block.errors import ConfigError
 from block.integrations import sweep
 from block.integrations.steps import StepCollector, write_run

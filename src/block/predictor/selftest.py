@@ -4,7 +4,7 @@ import time
 
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import Sequence
+from block.engine.sequence import Sequence
 from block.predict.capture import Recorder
 from block.predict.snapshot import MAX_TOKENS, decode
 from block.predict.whatif import Mirror, predict_all

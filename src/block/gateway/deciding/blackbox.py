@@ -23,7 +23,7 @@ import msgspec
 
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.scheduler import FINISHED, RUNNING, Sequence
+from block.engine.sequence import FINISHED, RUNNING, Sequence
 from block.errors import BlockError
 from block.gateway.deciding.evidence import Evidence
 from block.gateway.deciding.foreign import LOOK_EVERY_S, SHARE_MAX, Foreign

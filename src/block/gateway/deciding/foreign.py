@@ -13,7 +13,7 @@ from collections import deque
 from typing import Final
 
 from block.engine.pipeline import Engine
-from block.engine.scheduler import FINISHED, RUNNING, WAITING, Sequence
+from block.engine.sequence import FINISHED, RUNNING, WAITING, Sequence
 from block.predictor.sources.metrics import Figures
 
 LAG_S: Final = 0.3
