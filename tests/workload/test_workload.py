@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from block.errors import BadInputError, ConfigError, UnknownNameError
+from block.metrics import row_writer
+from block.simulate import SimulationConfig, simulate
 from block.workload import Offered, WorkloadConfig, offer
 from block.workload.arrivals import ARRIVALS, bursts, gamma, rescaled
 from block.workload.chance import generator, pyrandom
@@ -149,12 +151,40 @@ def test_trace_formats_are_told_apart_by_their_first_line(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("header", "line", "first_s"),
+    [
+        ("Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type", '5,"ChatGPT, 4",472,18,490,API', 5.0),
+        ("request_id,arrival_timestamp,prompt_size,token_size", "7,0.25,472,18", 0.25),
+        ("request,arrived_s,prompt_tokens,output_tokens,ttft_s,e2e_s", "0,0.1,472,18,0.2,1.5", 0.1),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens", "3.5,472,18", 3.5),
+    ],
+)
+def test_columns_are_known_by_the_names_that_public_traces_give_them(
+    tmp_path: Path, header: str, line: str, first_s: float
+) -> None:
+    (tmp_path / "t.csv").write_text(f"{header}\n{line}\n")
+    (request,) = read_trace(tmp_path / "t.csv")
+    assert (request.arrived_s, request.prompt_tokens, request.output_tokens) == (first_s, 472, 18)
+
+
+def test_rows_that_block_wrote_can_be_offered_again(tmp_path: Path) -> None:
+    rows = simulate(SimulationConfig(workload=WorkloadConfig(rate_rps=5, requests=20)))
+    with row_writer(tmp_path / "rows.csv") as writer:
+        for row in rows:
+            writer.write(row)
+    again = read_trace(tmp_path / "rows.csv")
+    assert [(r.prompt_tokens, r.output_tokens) for r in again] == [(r.prompt_tokens, r.output_tokens) for r in rows]
+    assert [r.arrived_s for r in again] == pytest.approx([r.intended_s for r in rows])
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         (AZURE.replace("3180", "x"), "line 3: invalid literal"),
         (AZURE.replace(",8\n", "\n"), "line 3: 2 columns instead of 3"),
         (AZURE.replace("18:17:04", "17:17:04"), "line 3: its time lies before"),
         (AZURE.replace("2023-11-16 18:17:04.0319600", "yesterday"), "line 3: "),
+        (AZURE.replace("2023-11-16 18:17:04.0319600", "nan"), "line 3: nan is no time"),
         (MOONCAKE.replace("700", "-7"), "line 2: -7 prompt"),
         (MOONCAKE.replace('"output_length": 40', '"output": 40'), "line 2: .*output_length"),
         (LENGTHS.splitlines()[0], "has no requests"),

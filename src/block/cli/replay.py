@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 @click.option("--lengths", default="sharegpt", show_default=True, help="Length table: a shipped name or a JSON file.")
 @click.option("--prompt-tokens", type=int, help="Fixed prompt length (with --output-tokens).")
 @click.option("--output-tokens", type=int, help="Fixed output length (with --prompt-tokens).")
-@click.option("--trace", help="Take lengths (and times) from a trace: ShareGPT lengths, Azure or Mooncake.")
+@click.option(
+    "--trace", help="Take lengths (and times) from a trace: CSV (Azure, BurstGPT, Splitwise, own rows) or Mooncake."
+)
 @click.option("--seed", default=1, show_default=True, help="The same seed offers the same requests.")
 @click.option("--endpoint", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
 @click.option("--model", default="", help="Model name [the first that the server lists].")

@@ -1,11 +1,13 @@
 """Readers of recorded workloads. The format is told from the file's first line; ``.gz`` is unpacked.
 
-lengths   CSV with num_prefill_tokens, num_decode_tokens (no times)
-azure     CSV with TIMESTAMP, ContextTokens, GeneratedTokens (Azure LLM inference traces)
-mooncake  JSON lines with timestamp (ms), input_length, output_length, hash_ids (one per 512 tokens of the prompt)
+CSV         a column of prompt tokens, one of output tokens and maybe one of times (seconds, or dates), under the names that
+            public traces give them: Azure's, BurstGPT's, Splitwise's, Vidur's, and those of Block's own rows and runs
+JSON lines  timestamp (ms), input_length, output_length, hash_ids (one per 512 tokens of the prompt): Mooncake's
 """
 
+import csv
 import gzip
+import math
 from collections.abc import Callable
 from datetime import datetime
 from itertools import chain
@@ -58,20 +60,63 @@ def _open(path: Path) -> IO[str]:
 
 Parse = Callable[[str], TraceRequest]
 
+# Names of columns and fields, compared without case, blanks and underscores.
+_TIMES: Final = ("timestamp", "arriveds", "arrivaltimestamp", "arrivaltime", "arrivedat", "intendeds", "time")
+_PROMPTS: Final = (
+    "prompttokens",
+    "contexttokens",
+    "numprefilltokens",
+    "requesttokens",
+    "inputtokens",
+    "inputlength",
+    "promptsize",
+)
+_OUTPUTS: Final = ("outputtokens", "generatedtokens", "numdecodetokens", "responsetokens", "outputlength", "tokensize")
+
 
 def _format_of(first: str, path: Path) -> tuple[Parse, bool]:
     """The parser of one line, and whether the first line is a header."""
-    columns = [name.strip() for name in first.split(",")]
     if first.lstrip().startswith("{"):
         return _mooncake, False
-    if {"num_prefill_tokens", "num_decode_tokens"} <= set(columns):
-        return lambda line: _lengths(_fields(columns, line)), True
-    if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= set(columns):
-        return lambda line: _azure(_fields(columns, line)), True
-    raise BadInputError(
-        f"{path} is no known trace: its first line must name num_prefill_tokens and num_decode_tokens, or TIMESTAMP, "
-        f"ContextTokens and GeneratedTokens, or be a JSON object with timestamp, input_length and output_length."
-    )
+    columns = _cells(first)
+    plain = ["".join(name.lower().split()).replace("_", "") for name in columns]
+    prompt, output = (_place(plain, names) for names in (_PROMPTS, _OUTPUTS))
+    if prompt is None or output is None:
+        raise BadInputError(
+            f"{path} is no known trace: its first line must name a column of prompt tokens and one of output tokens (such as "
+            "prompt_tokens and output_tokens, ContextTokens and GeneratedTokens, or num_prefill_tokens and num_decode_tokens), "
+            "or be a JSON object with timestamp, input_length and output_length."
+        )
+    time = _place(plain, _TIMES)
+
+    def parse(line: str) -> TraceRequest:
+        cells = _cells(line)
+        if len(cells) != len(columns):
+            raise ValueError(f"{len(cells)} columns instead of {len(columns)}")
+        return TraceRequest(None if time is None else _seconds(cells[time]), int(cells[prompt]), int(cells[output]))
+
+    return parse, True
+
+
+def _place(columns: list[str], names: tuple[str, ...]) -> int | None:
+    return next((columns.index(name) for name in names if name in columns), None)
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in next(csv.reader([line]), [])]
+
+
+def _seconds(text: str) -> float:
+    """Seconds as a number, or a date and time."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        # Some have seven digits of a second: one more than fromisoformat takes.
+        whole, _, fraction = text.partition(".")
+        return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
+    if not math.isfinite(seconds):
+        raise ValueError(f"{text} is no time")
+    return seconds
 
 
 def _parsed(parse: Parse, line: str, before: TraceRequest | None, where: str) -> TraceRequest:
@@ -84,24 +129,6 @@ def _parsed(parse: Parse, line: str, before: TraceRequest | None, where: str) ->
     if before is not None and before.arrived_s is not None and (request.arrived_s or 0.0) < before.arrived_s:
         raise BadInputError(f"{where}: its time lies before that of the request above.")
     return request
-
-
-def _fields(columns: list[str], line: str) -> dict[str, str]:
-    values = [value.strip() for value in line.split(",")]
-    if len(values) != len(columns):
-        raise ValueError(f"{len(values)} columns instead of {len(columns)}")
-    return dict(zip(columns, values, strict=True))
-
-
-def _lengths(fields: dict[str, str]) -> TraceRequest:
-    return TraceRequest(None, int(fields["num_prefill_tokens"]), int(fields["num_decode_tokens"]))
-
-
-def _azure(fields: dict[str, str]) -> TraceRequest:
-    # Seven digits of a second: one more than fromisoformat takes.
-    whole, _, fraction = fields["TIMESTAMP"].partition(".")
-    arrived_s = datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
-    return TraceRequest(arrived_s, int(fields["ContextTokens"]), int(fields["GeneratedTokens"]))
 
 
 class _MooncakeLine(msgspec.Struct):
