@@ -20,7 +20,7 @@ RELOADABLE: Final = frozenset(
         "instances", "policy", "max_concurrent_requests", "queue_size", "queue_timeout_s", "instance_in_flight_max",
         "request_timeout_s", "retries", "stale_after_s", "api_keys",
         "api_key_file", "admin_key", "instance_allow", "objectives", "admission", "admission_confidence",
-        "sse_keep_alive_s", "continue_streams", "continue_silent_s",
+        "sse_keep_alive_s", "continue_streams", "continue_silent_s", "cors_allowed_origins", "request_id_headers",
     }
 )  # fmt: skip
 """Fields that a reload changes; the others need a restart, and the reload says so."""
@@ -159,6 +159,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     upstream_cert_path: str | None = None
     upstream_key_path: str | None = None
 
+    cors_allowed_origins: list[str] = []  # of web pages that may ask; "*": all
+    request_id_headers: tuple[str, ...] = ("x-request-id",)  # where a request's id is looked for, in this order
     api_keys: list[str] = []
     api_key_file: str | None = None
     admin_key: str | None = None
