@@ -69,7 +69,12 @@ REFUSED = {
 
 @pytest.mark.parametrize(
     ("target", "path"),
-    [(b"http://x/v1/a?b=c", b"/v1/a?b=c"), (b"HTTPS://x:8000", b"/"), (b"http://x?b=/", b"/?b=/"), (b"http://evil//a", b"//a")],
+    [
+        (b"http://x/v1/a?b=c", b"/v1/a?b=c"),
+        (b"HTTPS://x:8000", b"/"),
+        (b"http://x?b=/", b"/?b=/"),
+        (b"http://evil//a", b"//a"),
+    ],
 )
 def test_of_an_absolute_target_the_path_is_taken(target: bytes, path: bytes) -> None:
     (request,) = read(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target)

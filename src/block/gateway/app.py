@@ -112,7 +112,10 @@ class App:
 
     def _route(self, client: ClientConnection, http: HttpRequest) -> None:
         path = _without_slash(http)
-        if client.surface is not Surface.PUBLIC and not path.startswith(OWN):
+        surface = client.surface
+        if surface is not Surface.PUBLIC and not (
+            path in GETTING if surface is Surface.METRICS else path.startswith(OWN)
+        ):
             raise ClientError(404, f"There is no {path} on this port.", code="not_found")
         if http.method == b"OPTIONS" and self._answer_options(client, http, path):
             return

@@ -3,7 +3,7 @@
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, get_type_hints
 from urllib.parse import urlsplit
@@ -12,6 +12,7 @@ import msgspec
 
 from block.engine.limits import EngineLimits
 from block.errors import ConfigError
+from block.gateway.peers import policy_called
 from block.steptime.profile import load_profile
 
 ENVIRONMENT_PREFIX: Final = "BLOCK_"
@@ -27,7 +28,8 @@ RELOADABLE: Final = frozenset(
 
 
 PASSED_THROUGH: Final = (
-    "/v1/", "/tokenize", "/detokenize", "/score", "/rerank", "/pooling", "/classify", "/version",
+    "/v1/", "/v2/rerank", "/tokenize", "/detokenize", "/score", "/rerank", "/pooling", "/classify", "/encode", "/generate",
+    "/inference/v1/", "/invocations", "/get_model_info", "/version",
 )  # fmt: skip
 
 
@@ -98,6 +100,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     workers: int = 1  # processes that share the port; limits and counts are each one's own
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # where /admin is then, and only there
+    prometheus_host: str = "127.0.0.1"
+    prometheus_port: int | None = None  # where the metrics and the health routes are too
     instances: list[InstanceConfig] = []
     service_discovery: Literal["static", "file", "dns", "k8s"] = "static"
     discovery_file: str | None = None
@@ -177,8 +181,10 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must be in 0-65535, not {self.port}.")
+        for name in ("port", "admin_port", "prometheus_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port <= 65535:
+                raise ConfigError(f"{name} must be in 0-65535, not {port}.")
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if kind in (int, float) and value < 0:
@@ -186,8 +192,6 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         for name, low, high in (("prediction_level", 0.5, 0.999), ("admission_confidence", 0.01, 0.99)):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} must be in {low}-{high}, not {getattr(self, name)}.")
-        if self.admin_port is not None and not 0 <= self.admin_port <= 65535:
-            raise ConfigError(f"admin_port must be in 0-65535, not {self.admin_port}.")
         if self.discovery_interval_s < 0.05:
             raise ConfigError("discovery_interval_s must be at least 0.05.")
         for name in (
@@ -261,9 +265,12 @@ def parse_instance(text: str) -> InstanceConfig:
 
 
 def load_config(
-    flags: Mapping[str, Any], *, file: str | None = None, environment: Mapping[str, str] | None = None
-) -> GatewayConfig:
+    flags: Mapping[str, Any], *, file: str | None = None, environment: Mapping[str, str] | None = None,
+    sets: Iterable[str] = (),
+) -> GatewayConfig:  # fmt: skip
     """Flags over ``BLOCK_*`` variables over the TOML file over the defaults. ``flags`` holds only what was given.
+
+    ``sets``: ``NAME=VALUE`` as after ``--set``, the value written as in a variable; as strong as flags.
 
     Raises:
         ConfigError: an unknown key (the message lists the known ones), a wrong type or value, an unreadable file.
@@ -272,7 +279,11 @@ def load_config(
     file = file or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG_FILE")
     merged: dict[str, Any] = _from_file(file) if file else {}
     merged.update(_from_environment(environment))
+    if sets:
+        merged.update(_from_environment(_as_variables(sets)))
     merged.update(flags)
+    if isinstance(merged.get("policy"), str):
+        merged["policy"] = policy_called(merged["policy"])
     if file:
         merged["config_file"] = str(file)
     try:
@@ -327,6 +338,12 @@ def _check_keys(where: str, given: Mapping[str, Any], record: type[msgspec.Struc
     for key in given:
         if key not in known:
             raise ConfigError(f"{where}: there is no setting {key!r}. Known: {', '.join(sorted(known))}.")
+
+
+def _as_variables(sets: Iterable[str]) -> dict[str, str]:
+    given = dict(text.partition("=")[::2] for text in sets)
+    _check_keys("--set", given, GatewayConfig)
+    return {ENVIRONMENT_PREFIX + name.upper(): value for name, value in given.items()}
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -5,15 +5,17 @@ means something that this gateway has under its own name; nothing is added.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs, quote, unquote
 
 import msgspec
 
 from block.core import InstanceId
 from block.errors import ClientError
-from block.gateway.members.pool import Instance, State
 from block.gateway.wire.http1 import HttpRequest
+
+if TYPE_CHECKING:
+    from block.gateway.members.pool import Instance
 
 POLICIES: Final[Mapping[str, str]] = {
     "round_robin": "round-robin", "roundrobin": "round-robin", "simple-shuffle": "random",
@@ -39,7 +41,7 @@ def policy_called(name: str) -> str:
     return POLICIES.get(known, known) + colon + options
 
 
-def instances_asked_for(http: HttpRequest, instances: Mapping[InstanceId, Instance]) -> frozenset[InstanceId] | None:
+def instances_asked_for(http: HttpRequest, instances: "Mapping[InstanceId, Instance]") -> frozenset[InstanceId] | None:
     """The instances that a request's headers restrict it to, by name or ``host:port``; ``None``: any will do.
 
     Only instances that are members can be meant, so a header cannot make the gateway connect anywhere else. Where none of
@@ -60,7 +62,7 @@ def instances_asked_for(http: HttpRequest, instances: Mapping[InstanceId, Instan
     return frozenset(i for i, instance in instances.items() if not named.isdisjoint(_names(instance)))
 
 
-def _names(instance: Instance) -> tuple[str, ...]:
+def _names(instance: "Instance") -> tuple[str, ...]:
     netloc = instance.host_header.decode()
     return instance.id, netloc, instance.connections.host, instance.config.url.rstrip("/")
 
@@ -74,7 +76,7 @@ class AsWorker(msgspec.Struct, frozen=True):
     name: str = ""
 
 
-def as_admin(http: HttpRequest, instances: Iterable[Instance]) -> tuple[bytes, list[str], bytes]:
+def as_admin(http: HttpRequest, instances: "Iterable[Instance]") -> tuple[bytes, list[str], bytes]:
     """A change asked for as other routers have it: method, path parts below ``/admin/`` and body of the same here.
 
     Raises:
@@ -100,7 +102,7 @@ def as_admin(http: HttpRequest, instances: Iterable[Instance]) -> tuple[bytes, l
     raise ClientError(404, f"There is no {method.decode('latin-1')} {path} here.", code="not_found")
 
 
-def workers_told(path: str, instances: Iterable[Instance]) -> Any:
+def workers_told(path: str, instances: "Iterable[Instance]") -> Any:
     """What other routers' GET routes say of the workers; ``None``: this is none of them."""
     if path == "/list_workers":
         return {"urls": [instance.config.url for instance in instances]}
@@ -120,15 +122,15 @@ def answer_to_change(method: bytes, worker: str, url: str) -> tuple[int, dict[st
     return 202, answer | {"location": f"/workers/{quote(worker, safe='')}"} if method == b"POST" else answer
 
 
-def _described(instance: Instance) -> dict[str, Any]:
+def _described(instance: "Instance") -> dict[str, Any]:
     return {
         "id": instance.id, "url": instance.config.url, "model_id": next(iter(sorted(instance.models or ())), "unknown"),
-        "worker_type": "regular", "is_healthy": instance.state is State.READY and not instance.suspect,
+        "worker_type": "regular", "is_healthy": instance.state == "ready" and not instance.suspect,
         "load": instance.in_flight, "connection_mode": "HTTP",
     }  # fmt: skip
 
 
-def _worker(named: str, instances: Iterable[Instance]) -> Instance:
+def _worker(named: str, instances: "Iterable[Instance]") -> "Instance":
     for instance in instances:
         if named.rstrip("/") in _names(instance):
             return instance

@@ -68,7 +68,7 @@ class Gateway:
         )
         self._request_log: RequestLog | None = None
         self.app: App
-        self.port = self.admin_port = 0
+        self.port = self.admin_port = self.prometheus_port = 0
 
     # Start and stop
 
@@ -125,6 +125,10 @@ class Gateway:
         if config.admin_port is not None:
             self.admin_port = await self._open(
                 loop, Surface.ADMIN, config.admin_host, config.admin_port, "--admin-port"
+            )
+        if config.prometheus_port is not None:
+            self.prometheus_port = await self._open(
+                loop, Surface.METRICS, config.prometheus_host, config.prometheus_port, "--prometheus-port"
             )
         if self._workers is not None:
             server = await loop.create_unix_server(

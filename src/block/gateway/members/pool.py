@@ -261,7 +261,7 @@ class Pool:
         instance.failures_in_row += 1
         if refused:
             self.down(instance, reason)
-        elif instance.failures_in_row >= self._config.cb_failure_threshold:
+        elif 0 < self._config.cb_failure_threshold <= instance.failures_in_row:
             instance.circuit_open_until_s = now_s + self._config.cb_open_s
             instance.reason = f"circuit open: {reason}"
             self._changed()

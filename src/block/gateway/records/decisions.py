@@ -89,7 +89,7 @@ def _why(decision: Decision) -> str:
     """In one sentence."""
     among = len(decision.candidates)
     if among == 1:
-        text = "It was the only candidate"
+        text = "It was alone on the policy's shortlist"
     elif decision.evidence == "nothing":
         text = f"It was drawn among {among} candidates"
     else:

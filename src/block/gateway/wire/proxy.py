@@ -20,10 +20,11 @@ JSON = b"application/json"
 
 
 class Surface(Enum):
-    """Which door a client came through: the one for everybody, the admin port, or the socket between workers."""
+    """Which door a client came through: the one for everybody, the admin port, the metrics' port, or the socket between workers."""
 
     PUBLIC = "public"
     ADMIN = "admin"
+    METRICS = "metrics"
     WORKER = "worker"
 
 
