@@ -313,11 +313,21 @@ def _run(config: Any, reload: Any, started: Any, workers: Any = None, parent: in
 
 
 def _supervise(config: Any, reload: Any, as_json: bool) -> None:
+    import contextlib
     import sys
 
-    from block.errors import UserError
+    from block.errors import BlockError, UserError
     from block.gateway.processes.supervisor import USER_ERROR, Place, Supervisor
     from block.gateway.processes.workers import Workers
+    from block.policy.table import policy_from
+
+    def refresh() -> None:
+        nonlocal config
+        with contextlib.suppress(BlockError):  # the workers say what is wrong with it
+            new = reload()
+            policy_from(new.policy)
+            new.all_keys()
+            config = new
 
     def serve(place: Place) -> int:
         own = place.config(config)
@@ -331,7 +341,7 @@ def _supervise(config: Any, reload: Any, as_json: bool) -> None:
             return USER_ERROR
         return 0
 
-    supervisor = Supervisor(config, serve)
+    supervisor = Supervisor(config, serve, refresh)
     code = supervisor.run(lambda ready: _started(config, as_json, supervisor.port, ready))
     if code:
         sys.exit(code)

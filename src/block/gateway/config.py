@@ -154,7 +154,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     hang_after_s: float = 0.75  # all streams of an instance silent for this long: no new requests to it; 0: off
     shutdown_grace_period_s: float = 60.0
     continue_streams: int = 0  # how often a stream whose instance died goes on elsewhere; 0: never, and nothing is kept
-    continue_silent_s: float = 2.0  # with continue_streams: what waits at an instance that hangs for this long moves
+    continue_silent_s: float = (
+        2.0  # what waits at an instance that hangs for this long is asked of another one; 0: never
+    )
 
     tls_cert_path: str | None = None
     tls_key_path: str | None = None

@@ -322,20 +322,28 @@ class Dispatcher:
         return True
 
     def move_from_the_silent(self, now_s: float) -> None:
-        """What waits at an instance that has been silent for too long is asked of another one."""
+        """What waits at an instance that has been silent for too long is asked of another one: requests that have no byte
+        of their answer yet, and streams that can go on."""
         after_s = self.config.continue_silent_s
         silent = [
-            i for i in self.pool.instances.values() if i.suspect and i.in_flight and now_s - i.last_byte_s > after_s
+            i
+            for i in self.pool.instances.values()
+            if after_s and i.suspect and i.in_flight and now_s - i.last_byte_s > after_s
         ]
-        if not silent or not any(not i.suspect for i in self.pool.ready()):
+        if not silent:
             return
         for exchange in [x for x in self.active if x.instance in silent and now_s - x.sent_s > after_s]:
             if exchange.head_sent:
                 movable = exchange.tape is not None and exchange.tape.can_continue
             else:
                 movable = exchange.attempts <= self.config.retries and self.budget.left >= 1
-            if movable:
+            if movable and self._somebody_moves(exchange):
                 exchange.lose(f"was silent for {after_s:g} s")
+
+    def _somebody_moves(self, exchange: Exchange) -> bool:
+        """Another instance may have it that is not suspected itself."""
+        instances = self.pool.instances
+        return any(instances[i] is not exchange.instance and not instances[i].suspect for i in self.eligible(exchange))
 
     # The end
 
@@ -399,8 +407,7 @@ class Dispatcher:
             for exchange in [x for x in self.active if x.sse and now_s - x.heard_s > keep_s]:
                 exchange.keep_client(now_s)
         self.decider.drift.look(now_s, self.decider.evidence)
-        if self.config.continue_streams:
-            self.move_from_the_silent(now_s)
+        self.move_from_the_silent(now_s)
         late = {x for x in self.queue if x.over or now_s - x.queued_s > self.config.queue_timeout_s}
         if late:
             self.queue = [x for x in self.queue if x not in late]

@@ -312,6 +312,7 @@ async def run(
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, on_stop)
     loop.add_signal_handler(signal.SIGHUP, gateway.reload)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # a supervisor holds it back until now
     try:
         await _first_checks(gateway)
         gc.collect()

@@ -74,12 +74,16 @@ class _Worker:
 
 
 class Supervisor:
-    """``run`` blocks until all workers have ended. ``serve`` is a worker's life; it runs in the child and returns its exit code."""
+    """``run`` blocks until all workers have ended. ``serve`` is a worker's life; it runs in the child and returns its exit code.
+
+    ``refresh`` is called before a worker starts and on SIGHUP: a worker that is started again shall have the configuration that
+    the others have by then.
+    """
 
     def __init__(
-        self, config: GatewayConfig, serve: Callable[[Place], int]
+        self, config: GatewayConfig, serve: Callable[[Place], int], refresh: Callable[[], None]
     ) -> None:  # fmt: skip
-        self._serve, self._grace_s = serve, config.shutdown_grace_period_s
+        self._serve, self._refresh, self._grace_s = serve, refresh, config.shutdown_grace_period_s
         self._sockets: list[socket.socket] = []
         self.port = self._reserve(config.host, config.port, "--port")
         self.admin_port = self.prometheus_port = None
@@ -172,6 +176,8 @@ class Supervisor:
     def _hand_on(self) -> None:
         while self._signals:
             number = self._signals.pop(0)
+            if number == signal.SIGHUP:
+                self._refresh()
             if number != signal.SIGHUP and self._stopping_s is None:
                 self._stopping_s = monotonic()
             self._signal(number)
@@ -205,8 +211,11 @@ class Supervisor:
     def _spawn(self, worker: _Worker) -> None:
         worker.due_s, worker.since_s = None, monotonic()
         (self._directory / f"{worker.index}.sock").unlink(missing_ok=True)
+        self._refresh()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # until the worker can listen to it
         pid = os.fork()
         if pid:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
             worker.pid = pid
             return
         code = 1
