@@ -150,8 +150,9 @@ class Pool:
     # Who may get a request
 
     def eligible(self, model: str) -> tuple[InstanceId, ...]:
-        """Instances for a model (``""``: any), the most trusted kind of which there is one: ready, then suspect ones
-        and those not checked yet. Empty: none, or all at their limit (``full`` tells which)."""
+        """Instances for a model (``""``: any), the most trusted kind of which there is one: ready; those that have as many
+        requests as their trial allows; suspect ones; those not checked yet; those whose circuit is open (rather try than
+        refuse). Empty: none, or all at their limit (``full`` tells which)."""
         found = self._eligible.get(model)
         if found is None:
             found = self._find(model)
@@ -160,24 +161,19 @@ class Pool:
         return found
 
     def _find(self, model: str) -> tuple[InstanceId, ...]:
-        able = [
-            i
-            for i in self.instances.values()
-            if self._serves(i, model) and i.in_flight < i.limit() and not i.circuit_open_until_s
-        ]
+        served = [i for i in self.instances.values() if self._serves(i, model)]
+        sound = [i for i in served if not i.circuit_open_until_s]
+        able = [i for i in sound if i.in_flight < i.limit()]
         for kind in (
             [i for i in able if i.state is State.READY and not i.suspect],
+            [i for i in sound if i.state is State.READY and not i.suspect and i.in_flight < i.in_flight_max],
             [i for i in able if i.state is State.READY],
             [i for i in able if i.state is State.STARTING],
+            [i for i in served if i.state is State.READY and i.in_flight < i.limit()],
         ):
             if kind:
                 return tuple(i.id for i in kind)
-        broken = [
-            i
-            for i in self.instances.values()
-            if self._serves(i, model) and i.state is State.READY and i.in_flight < i.limit()
-        ]
-        return tuple(i.id for i in broken)  # every circuit is open: rather try than refuse
+        return ()
 
     def left_out(self, model: str) -> Mapping[InstanceId, str]:
         """Why the other instances are not eligible for a model, as of the last time that anything changed about it."""
