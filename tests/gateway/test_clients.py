@@ -179,3 +179,17 @@ async def test_the_metrics_port_has_metrics_and_health_and_nothing_else(start: S
             assert got.status == status, path
     async with client.session.post(url + "/v1/chat/completions", data=BODY) as got:
         assert got.status == 404
+
+
+@pytest.mark.parametrize("framing", ["content-length: 33", "transfer-encoding: chunked"])
+async def test_an_engines_answer_to_head_has_no_body_and_ends(start: Start, framing: str) -> None:
+    async def tells_of_a_body(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+        writer.write(f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n{framing}\r\n\r\n".encode())
+
+    client = await start(FakeEngine(tells_of_a_body))
+    got = await client.raw(b"HEAD /version HTTP/1.1\r\nHost: x\r\n\r\n" * 2 + request(b"GET /health HTTP/1.1"), 1.0)
+    answers = got.split(b"HTTP/1.1 ")[1:]
+    assert [one[:3] for one in answers] == [b"200"] * 3
+    assert framing.encode() in answers[0]
+    assert answers[0].endswith(b"\r\n\r\n")
+    assert answers[2].endswith(b'{"status":"ok"}')

@@ -234,7 +234,9 @@ def command(
     if dump_config:
         click.echo(configuration.dump_config(config), nl=False)
     elif check_config:
-        config.all_keys()
+        from block.gateway.serve import check
+
+        check(config)
         click.echo(f"The configuration is fine: {len(config.instances)} instances, policy {config.policy}.")
     else:
         _serve(config, load, as_json)
@@ -294,7 +296,8 @@ def _started(config: Any, as_json: bool, port: int, ready: int) -> None:
     import json
     import os
 
-    url = f"{'http' if config.tls_cert_path is None else 'https'}://{config.host}:{port}"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"{'http' if config.tls_cert_path is None else 'https'}://{host}:{port}"
     if as_json:
         click.echo(json.dumps({"url": url, "pid": os.getpid(), "ready": ready}))
         return

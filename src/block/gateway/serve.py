@@ -35,7 +35,7 @@ from block.gateway.records.requestlog import RequestLog
 from block.gateway.records.tracing import Tracing
 from block.gateway.wire.openai import PromptRatio
 from block.gateway.wire.proxy import ClientConnection, Surface
-from block.gateway.wire.tls import server_certificates, stamp
+from block.gateway.wire.tls import UpstreamTls, server_certificates, stamp
 from block.length.table import make_estimator
 from block.policy.rank import Evidence as Needs
 from block.policy.table import Policy, policy_from
@@ -111,8 +111,8 @@ class Gateway:
         self._background = [loop.create_task(self._sweep()), loop.create_task(self._look())]
         if config.service_discovery != "static":
             self._background.append(loop.create_task(follow(members_of(config), self.members, metrics)))
-        if self._reload is not None and config.config_file is not None:
-            self._background.append(loop.create_task(self._watch_file(config.config_file)))
+        if self._reload is not None:
+            self._background.append(loop.create_task(self._watch_files()))
 
     def _lessons(self, metrics: Metrics) -> Lessons:
         lessons = Lessons(self._estimator, self.ratio, metrics, self._request_log)
@@ -228,14 +228,18 @@ class Gateway:
         self.members.config = config
         self.members.reconcile(Origin.CONFIG, config.instances)
 
-    async def _watch_file(self, file: str) -> None:
-        seen = stamp(file)
+    async def _watch_files(self) -> None:
+        """The configuration's file and the one of keys."""
+        seen = self._stamps()
         while True:
             await asyncio.sleep(FILE_CHECK_S)
-            now = stamp(file)
-            if now is not None and now != seen:
+            now = self._stamps()
+            if now != seen and None not in now:
                 self.reload()
                 seen = now
+
+    def _stamps(self) -> list[object]:
+        return [stamp(file) for file in (self.config.config_file, self.config.api_key_file) if file is not None]
 
     def _renew_certificates(self) -> None:
         """Those whose files changed; what does not fit changes nothing and is tried again at the next look."""
@@ -334,6 +338,21 @@ async def _first_checks(gateway: Gateway) -> None:
         if all(i.state is not State.STARTING for i in gateway.pool.instances.values()):
             return
         await asyncio.sleep(0.02)
+
+
+def check(config: GatewayConfig) -> None:
+    """Whether a gateway could start with this configuration, as far as can be told without starting one.
+
+    Raises:
+        ConfigError: what is wrong.
+    """
+    Gateway(config)
+    config.all_keys()
+    tls = UpstreamTls(config)
+    if tls.configured:
+        _ = tls.certificates
+    if config.service_discovery != "static":
+        members_of(config)
 
 
 def _estimator(name: str) -> Any:
