@@ -112,7 +112,7 @@ class Gateway:
         if config.service_discovery != "static":
             self._background.append(loop.create_task(follow(members_of(config), self.members, metrics)))
         if self._reload is not None:
-            self._background.append(loop.create_task(self._watch_files()))
+            self._background.append(loop.create_task(self._watch_files(self._stamps())))
 
     def _lessons(self, metrics: Metrics) -> Lessons:
         lessons = Lessons(self._estimator, self.ratio, metrics, self._request_log)
@@ -228,9 +228,8 @@ class Gateway:
         self.members.config = config
         self.members.reconcile(Origin.CONFIG, config.instances)
 
-    async def _watch_files(self) -> None:
+    async def _watch_files(self, seen: list[object]) -> None:
         """The configuration's file and the one of keys."""
-        seen = self._stamps()
         while True:
             await asyncio.sleep(FILE_CHECK_S)
             now = self._stamps()
