@@ -227,6 +227,9 @@ class App:
         dispatcher, only, strategy = self.dispatcher, None, None
         if not PEERS_READ.isdisjoint(http.fields):
             only, strategy = self._asked_for(http)
+        if only is None and (body.previous_response_id is not None or not generating):
+            owner = dispatcher.owners.of(http.path, body.previous_response_id)
+            only = frozenset((owner,)) if owner in self.pool.instances else None
         arrived_s = monotonic()
         request, prompt_bytes = as_request(
             http, body, request_id=request_id, arrived_s=time.time(), ratio=self._ratio,

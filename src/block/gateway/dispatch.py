@@ -39,6 +39,7 @@ from block.gateway.exchange import Exchange
 from block.gateway.members.pool import Instance, Pool
 from block.gateway.records.decisions import Decisions
 from block.gateway.records.metrics import Metrics
+from block.gateway.records.owners import Owners
 from block.gateway.records.recent import Recent
 from block.gateway.records.tracing import Tracing
 from block.policy.table import Policy
@@ -57,6 +58,7 @@ class Dispatcher:
         self.config, self.pool, self.decider, self.lessons, self.metrics = config, pool, decider, lessons, metrics
         self.decisions = Decisions(config.decisions_kept)
         self.recent = Recent(config.recent_kept)
+        self.owners = Owners()
         self.decision_headers = config.decision_headers
         self.draining = False
         self.active: set[Exchange] = set()

@@ -259,6 +259,8 @@ class Exchange:
         self.instance.last_byte_s = self.heard_s = now_s = monotonic()  # type: ignore[union-attr]
         if not self.first_byte_s:
             self.first_byte_s = now_s
+            if self.http.target.startswith(b"/v1/responses"):
+                self.dispatcher.owners.learn(data, self.instance.id)  # type: ignore[union-attr]
         if self.sse:
             self.events += data.count(b"data:")
             self.plain = self.head_sent and self.strip is None

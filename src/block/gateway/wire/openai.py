@@ -41,6 +41,7 @@ class Body(msgspec.Struct):
     ignore_eos: bool | None = False
     priority: int | None = None
     user: msgspec.Raw = _NOTHING
+    previous_response_id: str | None = None
 
     @property
     def output_limit(self) -> int | None:
