@@ -101,9 +101,12 @@ async def test_a_request_goes_only_where_its_headers_let_it(start: Start) -> Non
 @pytest.mark.parametrize("named", ["http://evil.example", "169.254.169.254:80", "99", ""])
 async def test_nothing_but_an_instance_can_be_named(start: Start, named: str) -> None:
     client = await start(FakeEngine())
-    for header in ("x-smg-target-worker", "x-gateway-destination-endpoint-subset"):
-        status, body, _ = await client.post(headers={header: named})
-        assert (status, json.loads(body)["error"]["code"]) == (503, "no_ready_endpoint")
+    status, body, _ = await client.post(headers={"x-smg-target-worker": named})
+    assert (status, json.loads(body)["error"]["param"]) == (400, "x-smg-target-worker")
+    status, body, _ = await client.post(headers={"x-gateway-destination-endpoint-subset": named})
+    error = json.loads(body)["error"]
+    assert (status, error["code"]) == (503, "no_ready_endpoint")
+    assert "none of those that the request asks for is here" in error["message"]
 
 
 async def test_a_retry_stays_among_those_that_were_asked_for(start: Start) -> None:

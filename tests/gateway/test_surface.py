@@ -223,6 +223,34 @@ async def test_embeddings_go_through_untouched_and_need_no_prediction(start: Sta
     assert engines.engine.heard[0].path == "/v1/embeddings"
 
 
+async def test_where_a_request_would_go_is_told_without_sending_it(start: Start, make: Make) -> None:
+    engines = make()
+    client = await engines.gateway(start, api_keys=["k"])
+    key = {"authorization": "Bearer k"}
+    body = {"max_tokens": 50, "ignore_eos": True}
+    status, text, headers = await client.post("/v1/decisions", body, headers=key | {"x-slo-ttft-ms": "100"})
+    told = json.loads(text)
+    assert (status, told["chosen"], told["outcome"]) == (200, "e0", None)
+    assert told["id"] == headers["x-request-id"]
+    assert told["request"]["max_tokens"] == 50
+    quiet = told["candidates"][0]["prediction"]
+    engines.running, engines.waiting = 8, 150
+    await engines.seen(client)
+    _, text, _ = await client.post("/v1/decisions", body, headers=key)
+    assert json.loads(text)["candidates"][0]["prediction"]["ttft_s"] > quiet["ttft_s"]
+    _, text, _ = await client.post("/v1/decisions", body, headers=key | {"routing-strategy": "round_robin"})
+    assert json.loads(text)["policy"] == "round-robin"
+    status, text, _ = await client.post(
+        "/v1/decisions", body, headers=key | {"x-gateway-destination-endpoint-subset": "e9"}
+    )
+    assert (status, json.loads(text)["error"]["code"]) == (503, "no_ready_endpoint")
+    assert (await client.post("/v1/decisions", body))[0] == 401
+    assert (await client.post("/v1/decisions", {"model": "other"}, headers=key))[0] == 404
+    assert engines.engine.heard == []
+    assert not client.gateway.dispatcher.active
+    assert (await client.get(f"/v1/decisions/{told['id']}", headers=key))[0] == 404
+
+
 # Refusals
 
 

@@ -38,6 +38,7 @@ from block.policy.table import Policy
 READY: Final = frozenset({"/ready", "/readiness", "/readyz", "/health_generate"})
 LIVE: Final = frozenset({"/health", "/live", "/liveness", "/livez", "/healthz", "/ping"})
 GETTING: Final = READY | LIVE | {"/metrics", "/openapi.json"}
+WHAT_IF: Final = "/v1/decisions"
 WITHOUT_SLASH: Final = GENERATING | GETTING | {"/v1/models"}
 """A slash behind these is taken off; an engine would redirect to itself."""
 NEVER_PASSED: Final = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
@@ -125,6 +126,10 @@ class App:
                 raise _method_not_allowed(http, path)
             _check_encoding(http)
             self._proxy(client, http, read_body(http.body), key_name, generating=True)
+        elif path == WHAT_IF and client.surface is Surface.PUBLIC:
+            if http.method != b"POST":
+                raise _method_not_allowed(http, path)
+            self._what_if(client, http)
         elif _allowed_methods(path) is not None:
             self._own(client, http, path)
         elif path.startswith(ADMIN) or path in WORKER_ROUTES:
@@ -220,6 +225,23 @@ class App:
     def _proxy(
         self, client: ClientConnection, http: HttpRequest, body: Body, key_name: str | None, *, generating: bool
     ) -> None:  # fmt: skip
+        dispatcher = self.dispatcher
+        client.exchange = exchange = self._exchange(client, http, body, key_name, generating=generating)
+        if dispatcher.config.continue_streams and exchange.stream and generating:
+            exchange.tape = tape_of(http.target, http.body, exchange.request)
+        if dispatcher.tracing is not None:
+            dispatcher.tracing.begin(exchange)
+        dispatcher.start(exchange)
+
+    def _what_if(self, client: ClientConnection, http: HttpRequest) -> None:
+        """Where a request would go now and what would become of it; nothing is sent."""
+        exchange = self._exchange(client, http, read_body(http.body), self._keys.name_of(http), generating=True)
+        extra = b"x-request-id: %b\r\n" % exchange.request.id.encode()
+        client.answer(200, self.dispatcher.would(exchange), extra=extra)
+
+    def _exchange(
+        self, client: ClientConnection, http: HttpRequest, body: Body, key_name: str | None, *, generating: bool
+    ) -> Exchange:  # fmt: skip
         model = body.model or ""
         if not self.pool.knows(model):
             raise _no_such_model(model)
@@ -241,12 +263,7 @@ class App:
             stream=bool(body.stream), generating=generating, prompt_bytes=prompt_bytes, arrived_s=arrived_s,
         )  # fmt: skip
         exchange.only, exchange.strategy = only, strategy
-        if dispatcher.config.continue_streams and exchange.stream and generating:
-            exchange.tape = tape_of(http.target, http.body, request)
-        client.exchange = exchange
-        if dispatcher.tracing is not None:
-            dispatcher.tracing.begin(exchange)
-        dispatcher.start(exchange)
+        return exchange
 
     def _asked_for(self, http: HttpRequest) -> tuple[frozenset[InstanceId] | None, Policy | None]:
         """Where the request's own headers let it go, and the policy they name."""
@@ -312,7 +329,7 @@ def _names(headers: Sequence[str]) -> tuple[bytes, ...]:
 
 def _allowed_methods(path: str) -> bytes | None:
     """Of the gateway's own routes; ``None``: it is none of them."""
-    if path in GENERATING:
+    if path in GENERATING or path == WHAT_IF:
         return b"POST, OPTIONS"
     if path in GETTING or path == "/v1/models" or path.startswith(("/v1/models/", "/v1/decisions/")):
         return b"GET, HEAD, OPTIONS"

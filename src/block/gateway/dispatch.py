@@ -161,6 +161,27 @@ class Dispatcher:
         else:
             self.holding.offer(exchange, policy.hold)
 
+    def would(self, exchange: Exchange) -> bytes:
+        """Where a request would go if it came now, explained as a decision that was made is.
+
+        Raises:
+            ClientError: 503, there is no instance for it; 400, the predictors are asked remotely.
+        """
+        ids = self.eligible(exchange)
+        if not ids:
+            message = f"No instance is ready: {self._why_nobody(exchange)}."
+            raise ClientError(503, message, kind="server_error", code="no_ready_endpoint")
+        policy = self.decider.policy_for(exchange)
+        if self.decider.asks_remotely(policy):
+            raise ClientError(400, "Questions need predict = 'local'.", code="not_local")
+        exchange.decision = decision = self.decider.decide(exchange, policy, ids)
+        prediction = decision.candidates[_place(decision)].prediction
+        if prediction is not None:
+            exchange.interval = self.lessons.residuals.interval(
+                decision.instance, prediction, exchange.estimate, exchange.expected_total, monotonic()
+            )
+        return self.decisions.described(exchange, self.pool.left_out(exchange.request.model))
+
     async def _dispatch_remotely(self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId]) -> None:
         decision = await self.decider.decide_remotely(exchange, policy, ids)
         if exchange.over:
@@ -174,7 +195,7 @@ class Dispatcher:
         """There is no instance for it: all failed it, all are full, or none is ready."""
         if self._wait_for_somebody(exchange):
             return
-        why = self.pool.why_none()
+        why = self._why_nobody(exchange)
         if exchange.tried:
             message = f"No instance could answer: {why}."
             exchange.refuse(ClientError(502, message, kind="server_error", code="instances_failed"))
@@ -183,6 +204,12 @@ class Dispatcher:
         else:
             error = ClientError(503, f"No instance is ready: {why}.", kind="server_error", code="no_ready_endpoint")
             exchange.refuse(error, b"retry-after: 1\r\n")
+
+    def _why_nobody(self, exchange: Exchange) -> str:
+        if exchange.only is None:
+            return self.pool.why_none()
+        states = [f"{i}: {self.pool.instances[i].reason}" for i in exchange.only if i in self.pool.instances]
+        return "; ".join(states[:8]) or "none of those that the request asks for is here"
 
     def _full(self, exchange: Exchange) -> bool:
         """Instances for it are ready, all at their limit."""

@@ -44,22 +44,30 @@ def policy_called(name: str) -> str:
 def instances_asked_for(http: HttpRequest, instances: "Mapping[InstanceId, Instance]") -> frozenset[InstanceId] | None:
     """The instances that a request's headers restrict it to, by name or ``host:port``; ``None``: any will do.
 
-    Only instances that are members can be meant, so a header cannot make the gateway connect anywhere else. Where none of
-    those that are named is one, nobody is left.
+    Only instances that are members can be meant, so a header cannot make the gateway connect anywhere else. Of a subset none
+    may be a member any more: then nobody is left.
+
+    Raises:
+        ClientError: 400, the one worker that is named is none.
     """
-    named: set[str] | None = None
+    found: frozenset[InstanceId] | None = None
     subset = http.header(SUBSET)
     if subset is not None:
-        named = {one.strip() for one in subset.split(",") if one.strip()}
+        named = {one.strip() for one in subset.split(",")}
+        found = frozenset(i for i, instance in instances.items() if not named.isdisjoint(_names(instance)))
     target = http.header(TARGET)
     if target is not None:
         if target.isascii() and target.isdigit() and len(target) < 7:  # a place in the list of workers
-            ids = list(instances)
-            target = ids[int(target)] if int(target) < len(ids) else ""
-        named = {target} if named is None else named & {target}
-    if named is None:
-        return None
-    return frozenset(i for i, instance in instances.items() if not named.isdisjoint(_names(instance)))
+            one = frozenset(list(instances)[int(target) : int(target) + 1])
+        else:
+            one = frozenset(i for i, instance in instances.items() if target.rstrip("/") in _names(instance))
+        if not one:
+            header = TARGET.decode()
+            raise ClientError(
+                400, f"The header {header} names no instance of this gateway: {target[:256]!r}.", param=header
+            )
+        found = one if found is None else found & one
+    return found
 
 
 def _names(instance: "Instance") -> tuple[str, ...]:

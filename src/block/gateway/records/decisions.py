@@ -57,12 +57,19 @@ class Decisions:
     def explain(self, request_id: str) -> bytes | None:
         """One decision as JSON, ``None`` where it is not (or no longer) kept."""
         record = self._records.get(request_id)
-        if record is None:
-            return None
+        return None if record is None else self._told(record)
+
+    def described(self, exchange: "Exchange", left_out: Mapping[InstanceId, str]) -> bytes:
+        """A decision that is not kept, as JSON."""
+        assert exchange.decision is not None
+        return self._told(_Record(exchange, exchange.decision, left_out))
+
+    @staticmethod
+    def _told(record: _Record) -> bytes:
         decision, request = record.decision, record.request
         return msgspec.json.encode(
             {
-                "id": request_id,
+                "id": request.id,
                 "object": "decision",
                 "request": {
                     "arrived_s": request.arrived_s, "model": request.model, "prompt_tokens": request.prompt_tokens,
