@@ -52,6 +52,18 @@ async def test_bad_requests_get_openais_error_object(
     assert engine.heard == []
 
 
+@pytest.mark.parametrize(
+    "body", [b'{"model":"fake","max_tokens":"16"}', b'{"model":"fake","max_tokens":16.0,"stream":0}']
+)
+async def test_numbers_that_an_engine_would_take_are_taken(start: Start, body: bytes) -> None:
+    engine = FakeEngine()
+    client = await start(engine, continue_streams=1)
+    async with client.session.post(client.url + "/v1/completions", data=body, headers={"x-request-id": "r"}) as answer:
+        assert answer.status == 200
+    assert engine.heard[0].body == body
+    assert json.loads((await client.get("/v1/decisions/r"))[1])["request"]["max_tokens"] == 16
+
+
 async def test_reads_of_generating_routes_are_not_allowed(start: Start) -> None:
     client = await start(FakeEngine())
     assert (await client.get("/v1/chat/completions"))[0] == 405
