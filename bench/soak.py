@@ -1,8 +1,9 @@
 """Does a gateway leak? A million requests, ten thousand streams at once, then faults: its memory and what it has open.
 
-    python bench/soak.py [--requests 1000000] [--streams 10000] [--policy round-robin] [--json]
+    python bench/soak.py [--requests 1000000] [--streams 10000] [--pace-ms 4000] [--stall 0] [--policy round-robin] [--json]
 
-Trivial backends answer at once (requests) or one event every four seconds (streams). Faults: backends that break one answer in
+Trivial backends answer at once (requests) or one event every four seconds (streams); ``--stall`` keeps the gateway from running
+for so many seconds while the streams begin, as a machine with too much to do would. Faults: backends that break one answer in
 fifty off before or in its middle, and clients of which a third leave before their answer is whole; streams are continued
 elsewhere. After every part the gateway is left alone for a moment and looked at: resident memory, open files, tasks of its event
 loop, connections, requests in flight. Exit status 1 if anything is left over, or memory grew by more than a tenth after the first
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import re
 import resource
@@ -231,7 +233,7 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
             print(looks[-1], file=sys.stderr, flush=True)
         notes["requests per second"] = round(done / (time.monotonic() - began_s - SLICES * 1.5))
     with ExitStack() as stack:
-        pace = ("--ttft-ms", "500", "--itl-ms", "4000", "--events", "7")
+        pace = ("--ttft-ms", "500", "--itl-ms", str(options.pace_ms), "--events", "7")
         url, pid = gateway(stack, *start(stack, options.policy, pace=pace))
         looks.append(look("start (streams)", url, pid, 0))
         peak: list[float] = []
@@ -240,6 +242,10 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
             holding = asyncio.create_task(hold_streams(url, options.streams))
             while not holding.done():
                 peak.append(rss_mb(pid))
+                if len(peak) == 8 and options.stall:
+                    os.kill(pid, signal.SIGSTOP)
+                    await asyncio.sleep(options.stall)
+                    os.kill(pid, signal.SIGCONT)
                 await asyncio.sleep(0.5)
             return await holding
 
@@ -288,6 +294,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--streams", type=int, default=10_000)
+    parser.add_argument("--pace-ms", type=float, default=4000.0, help="between two events of a stream")
+    parser.add_argument("--stall", type=float, default=0.0, help="seconds for which the gateway is stopped meanwhile")
     parser.add_argument("--faults", type=int, default=20_000, help="requests with faults")
     parser.add_argument("--policy", default="round-robin")
     parser.add_argument("--json", action="store_true")

@@ -57,16 +57,16 @@ def ok(url: str, timeout_s: float = 1.0) -> bool:
 
 
 class Member:
-    """An engine, its predictor, and the link that everybody reaches the engine through."""
+    """An engine, its predictor, and the link that everybody reaches the engine through. ``words``: more of the engine's options."""
 
-    def __init__(self) -> None:
+    def __init__(self, *words: str) -> None:
         self.port, engine, predictor = free_ports(3)
         self.name = f"chaos-{uuid.uuid4().hex[:8]}"
         self.engine_url, self.url = f"http://127.0.0.1:{engine}", f"http://127.0.0.1:{self.port}"
         self.predictor_url = f"http://127.0.0.1:{predictor}"
         self.engine = Process(
-            "emulate", "--profile", PROFILE, "--port", str(engine), "--name", self.name, "--allow-faults", "--max-num-seqs", "64",
-            health=self.engine_url + "/health",
+            "emulate", "--profile", PROFILE, "--port", str(engine), "--name", self.name, "--allow-faults",
+            *(words or ("--max-num-seqs", "64")), health=self.engine_url + "/health",
         )  # fmt: skip
         self._predictor_words = ("predictor", "--profile", PROFILE, "--port", str(predictor), "--min-interval-ms", "20")
         self.predictor = self.predictor_of(self.name)

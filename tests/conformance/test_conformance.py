@@ -26,7 +26,7 @@ VICES = {
     "no": {
         "health", "health-without-key", "live", "ready", "request-id-long", "unknown-header", "unknown-field", "flood",
         "many-left", "keep-alive", "keep-alive-after-error", "chunked-request", "in-pieces",
-        "targets", "targets-odd", "session", "traceparent",
+        "absolute-target", "targets", "targets-odd", "session", "traceparent",
     },
     "mute": {"expect-continue"},
     "zombie": {"stream-left", "whole-left"},

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from block.errors import ConfigError
+from block.errors import ClientError, ConfigError
 from block.gateway.config import GatewayConfig, InstanceConfig, load_config
 from block.gateway.serve import Gateway
+from block.gateway.wire.http1 import HttpRequest
 from gateway.conftest import QUICK, Start, until
 from gateway.fakes import FakeEngine
 
@@ -49,6 +50,18 @@ async def test_bad_requests_get_openais_error_object(
         error = error_of(await answer.read())
     assert (error["code"], error["param"]) == (code, param)
     assert engine.heard == []
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"model":"fake","max_tokens":"16"}', b'{"model":"fake","max_tokens":16.0,"stream":0}']
+)
+async def test_numbers_that_an_engine_would_take_are_taken(start: Start, body: bytes) -> None:
+    engine = FakeEngine()
+    client = await start(engine, continue_streams=1)
+    async with client.session.post(client.url + "/v1/completions", data=body, headers={"x-request-id": "r"}) as answer:
+        assert answer.status == 200
+    assert engine.heard[0].body == body
+    assert json.loads((await client.get("/v1/decisions/r"))[1])["request"]["max_tokens"] == 16
 
 
 async def test_reads_of_generating_routes_are_not_allowed(start: Start) -> None:
@@ -231,6 +244,34 @@ async def test_concurrent_streams_all_arrive_whole(start: Start) -> None:
     client = await start(FakeEngine(), FakeEngine(), policy="power-of-two")
     answers = await asyncio.gather(*(client.post(body={"stream": True}) for _ in range(200)))
     assert all(status == 200 and body.endswith(b"data: [DONE]\n\n") for status, body, _ in answers)
+
+
+async def test_a_file_of_keys_is_read_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("block.gateway.serve.FILE_CHECK_S", 0.02)
+    file = tmp_path / "keys"
+    file.write_text("old\n")
+    config = GatewayConfig(**(QUICK | {"api_key_file": str(file)}))
+    gateway = Gateway(config, lambda: config)
+    await gateway.start()
+    try:
+
+        def known(key: bytes) -> bool:
+            http = HttpRequest()
+            http.fields = {b"authorization": b"Bearer " + key}
+            try:
+                return gateway.app._keys.name_of(http) is not None
+            except ClientError:
+                return False
+
+        assert (known(b"old"), known(b"new")) == (True, False)
+        file.write_text("new key\n")
+        await until(lambda: known(b"new"))
+        assert not known(b"old")
+        file.unlink()
+        await asyncio.sleep(0.1)
+        assert known(b"new")
+    finally:
+        await gateway.close()
 
 
 Break = Callable[[FakeEngine], None]

@@ -11,8 +11,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from block.errors import ConfigError
+from block.cli.serve import command
+from block.errors import ConfigError, UnknownNameError
 from block.gateway.config import GatewayConfig, InstanceConfig, dump_config, load_config, parse_instance
 
 BLOCK = [sys.executable, "-c", "from block.cli import main; main()", "serve"]
@@ -109,6 +111,23 @@ def test_the_command_dumps_and_checks() -> None:
     assert 'policy = "random"' in done.stdout
     assert done.stdout.count("[[instances]]") == 2
     assert run("--static-backends", "http://a:1,http://b:2", "--check-config").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--tls-cert-path", "/nowhere.pem"], "The certificates in /nowhere.pem cannot be used"),
+        (["--upstream-ca-path", "/nowhere.pem"], "The certificates in /nowhere.pem cannot be used"),
+        (["--api-key-file", "/nowhere"], "The API key file /nowhere cannot be read"),
+        (["--length-estimator", "tea-leaves"], "There is no length estimator named 'tea-leaves'"),
+        (["--service-discovery", "dns"], "needs discovery_name"),
+        (["--policy", "tea_leaves"], "There is no policy named 'tea_leaves'"),
+    ],
+)
+def test_checking_finds_what_starting_would(arguments: list[str], says: str) -> None:
+    done = CliRunner().invoke(command, ["--worker-urls", "http://a:1", *arguments, "--check-config"])
+    assert isinstance(done.exception, ConfigError | UnknownNameError)
+    assert says in str(done.exception)
 
 
 def test_the_command_serves_and_ends_on_sigterm() -> None:

@@ -150,7 +150,8 @@ async def test_a_client_that_wants_token_ids_gets_them_all(start: Start, profile
 @pytest.mark.parametrize(
     "fields",
     [{"stop": ["x"]}, {"n": 2}, {"logprobs": 1}, {"echo": True}, {"frequency_penalty": 0.5}, {"guided_json": {}},
-     {"tools": [{}]}, {"response_format": {"type": "json_object"}}, {"prompt": ["a", "b"]}, {"unheard_of": 1}],
+     {"tools": [{}]}, {"response_format": {"type": "json_object"}}, {"prompt": ["a", "b"]}, {"unheard_of": 1},
+     {"max_tokens": "16"}, {"min_tokens": 2.0}],
 )  # fmt: skip
 def test_what_cannot_be_exact_is_not_continued(fields: dict[str, Any]) -> None:
     _, body = completion(**fields)

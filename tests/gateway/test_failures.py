@@ -249,6 +249,23 @@ async def test_an_instance_that_owes_an_answer_and_fails_its_health_check_is_sus
     task.cancel()
 
 
+async def test_what_an_instance_that_hangs_has_not_answered_is_asked_of_another(start: Start) -> None:
+    hung, other = FakeEngine(hangs_in_stream), FakeEngine()
+    client = await start(hung, other, hang_after_s=0.15, continue_silent_s=0.4)
+    stream = await hang(client, hung)
+    hung.behave = never_answers
+    asked = [asyncio.create_task(client.post(headers={"x-smg-target-worker": "e0"})) for _ in range(2)]
+    await until(lambda: len(hung.heard) == 3)
+    freed = next(x for x in client.gateway.dispatcher.active if not x.stream)
+    freed.only = None
+    (moved,), (pinned,) = await asyncio.wait(asked, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+    status, _, headers = moved.result()
+    assert (status, headers["x-gateway-destination-endpoint"]) == (200, "e1")
+    assert not stream.done()  # it has begun, and continuing is off
+    for task in (stream, pinned):
+        task.cancel()
+
+
 async def test_if_everybody_is_suspect_requests_are_still_tried(start: Start) -> None:
     client = await start(FakeEngine())
     client.gateway.pool.set_suspect(client.gateway.pool.instances["e0"], "silent")  # type: ignore[index]

@@ -286,7 +286,8 @@ HEADERS = st.dictionaries(
 @FAST
 def test_any_header_values_get_an_answer_or_are_the_clients_mistake(running: Running, headers: dict[str, str]) -> None:
     status, answer = running.post("/v1/chat/completions", b'{"model":"fake","messages":[]}', headers)
-    assert status < 500, answer
+    nobody = status == 503 and "x-gateway-destination-endpoint-subset" in headers  # those that it names are not here
+    assert status < 500 or nobody, answer
 
 
 def test_the_api_keeps_what_its_openapi_document_says(running: Running) -> None:

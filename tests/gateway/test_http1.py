@@ -50,7 +50,9 @@ REFUSED = {
     "bad chunk size": (400, b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\nx\r\n0\r\n\r\n"),
     "no host": (400, b"GET / HTTP/1.1\r\n\r\n"),
     "two hosts": (400, b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n"),
-    "absolute target": (400, b"GET http://evil/ HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "absolute target of another scheme": (400, b"GET ftp://evil/ HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "absolute target with a user": (400, b"GET http://me@evil/ HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "star for another method": (400, b"GET * HTTP/1.1\r\nHost: x\r\n\r\n"),
     "authority target": (400, b"CONNECT evil:80 HTTP/1.1\r\nHost: x\r\n\r\n"),
     "upgrade": (400, b"GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"),
     "HTTP/2 preface": (400, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
@@ -63,6 +65,20 @@ REFUSED = {
     "target too long": (431, b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"),
     "too many at once": (400, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 40),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (b"http://x/v1/a?b=c", b"/v1/a?b=c"),
+        (b"HTTPS://x:8000", b"/"),
+        (b"http://x?b=/", b"/?b=/"),
+        (b"http://evil//a", b"//a"),
+    ],
+)
+def test_of_an_absolute_target_the_path_is_taken(target: bytes, path: bytes) -> None:
+    (request,) = read(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target)
+    assert request.target == path
 
 
 @pytest.mark.parametrize("case", REFUSED)

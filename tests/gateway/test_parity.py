@@ -109,7 +109,7 @@ def test_online_and_in_simulation_the_same_states_lead_to_the_same_decisions(
         now_s = clock.now_s
         request = Request(id=request_id, arrived_s=now_s, prompt_tokens=rng.randint(20, 900))
         estimate = estimator.estimate(request)
-        exchange = SimpleNamespace(request=request, generating=True, estimate=estimate, http=None, key=0)
+        exchange = SimpleNamespace(request=request, generating=True, estimate=estimate, http=None, key=0, strategy=None)
         exchange.expected_total = max(1, round(estimate.expected_total(0)))
         ours, theirs = offline.decide(request, estimate, now_s), online.decide(exchange, now_s)
         assert ours.evidence == theirs.evidence == "prediction"

@@ -182,6 +182,33 @@ async def test_the_first_event_of_v1_responses_is_no_token(start: Start, make: M
     assert await client.metric("block_request_output_tokens_total") == 4
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_refers_to_a_response_goes_where_it_was_made(start: Start, stream: bool) -> None:
+    def makes(name: str) -> Any:
+        async def responds(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+            made = {"id": f"resp_{name}{len(engine.heard)}", "object": "response"}
+            if heard.json.get("stream"):
+                created = encoded({"type": "response.created", "response": made})
+                writer.write(STREAM_HEAD + chunk(b"event: response.created\ndata: " + created + b"\n\n") + b"0\r\n\r\n")
+            else:
+                writer.write(answer(encoded(made)))
+
+        return responds
+
+    engines = [FakeEngine(makes("a")), FakeEngine(makes("b"))]
+    client = await start(*engines)
+    for _ in range(2):
+        await client.post("/v1/responses", {"input": "x", "stream": stream, "messages": None})
+    for n, name in ((0, "resp_a1"), (1, "resp_b1")):
+        for _ in range(3):
+            _, _, headers = await client.post(f"/v1/responses/{name}/cancel")
+            assert headers["x-gateway-destination-endpoint"] == f"e{n}"
+            body = {"input": "y", "messages": None, "previous_response_id": name}
+            _, _, headers = await client.post("/v1/responses", body)
+            assert headers["x-gateway-destination-endpoint"] == f"e{n}"
+    assert (await client.post("/v1/responses/resp_unheard-of/cancel"))[0] == 200
+
+
 async def test_embeddings_go_through_untouched_and_need_no_prediction(start: Start, make: Make) -> None:
     async def embeds(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
         writer.write(answer(encoded({"data": [{"embedding": [0.5, 0.25]}], "usage": {"prompt_tokens": 2}})))
@@ -194,6 +221,34 @@ async def test_embeddings_go_through_untouched_and_need_no_prediction(start: Sta
     assert "x-predicted-e2e-ms" not in headers
     assert engines.engine.heard[0].json["input"] == ["a", "b"]
     assert engines.engine.heard[0].path == "/v1/embeddings"
+
+
+async def test_where_a_request_would_go_is_told_without_sending_it(start: Start, make: Make) -> None:
+    engines = make()
+    client = await engines.gateway(start, api_keys=["k"])
+    key = {"authorization": "Bearer k"}
+    body = {"max_tokens": 50, "ignore_eos": True}
+    status, text, headers = await client.post("/v1/decisions", body, headers=key | {"x-slo-ttft-ms": "100"})
+    told = json.loads(text)
+    assert (status, told["chosen"], told["outcome"]) == (200, "e0", None)
+    assert told["id"] == headers["x-request-id"]
+    assert told["request"]["max_tokens"] == 50
+    quiet = told["candidates"][0]["prediction"]
+    engines.running, engines.waiting = 8, 150
+    await engines.seen(client)
+    _, text, _ = await client.post("/v1/decisions", body, headers=key)
+    assert json.loads(text)["candidates"][0]["prediction"]["ttft_s"] > quiet["ttft_s"]
+    _, text, _ = await client.post("/v1/decisions", body, headers=key | {"routing-strategy": "round_robin"})
+    assert json.loads(text)["policy"] == "round-robin"
+    status, text, _ = await client.post(
+        "/v1/decisions", body, headers=key | {"x-gateway-destination-endpoint-subset": "e9"}
+    )
+    assert (status, json.loads(text)["error"]["code"]) == (503, "no_ready_endpoint")
+    assert (await client.post("/v1/decisions", body))[0] == 401
+    assert (await client.post("/v1/decisions", {"model": "other"}, headers=key))[0] == 404
+    assert engines.engine.heard == []
+    assert not client.gateway.dispatcher.active
+    assert (await client.get(f"/v1/decisions/{told['id']}", headers=key))[0] == 404
 
 
 # Refusals

@@ -141,6 +141,33 @@ async def test_workers_answer_as_one_gateway_and_one_that_dies_is_replaced(engin
         assert [await served.ask(n) for n in range(6)] == [200] * 6
 
 
+async def test_a_worker_that_starts_later_has_the_configuration_that_the_others_have(
+    engine: FakeEngine, tmp_path: Path
+) -> None:
+    file = tmp_path / "gateway.toml"
+    file.write_text(f'[[instances]]\nname = "old"\nurl = "{engine.url}"\n')
+    async with serve("--config", str(file)) as served:
+
+        async def names() -> set[str]:
+            found = [json.loads((await served.get(served.admin + "/admin/instances"))[1])["data"] for _ in range(6)]
+            return {row["name"] for rows in found for row in rows}
+
+        assert await names() == {"old"}
+        file.write_text(f'[[instances]]\nname = "new"\nurl = "{engine.url}"\n')
+        served.process.send_signal(signal.SIGHUP)
+        await eventually(names, {"new"})
+        file.write_text("not TOML")
+        before = served.children()
+        os.kill(before[1], signal.SIGKILL)
+
+        async def successors() -> int:
+            return len(set(served.children()) - set(before))
+
+        await eventually(successors, 1)
+        await eventually(lambda: served.metric("block_workers"), 2)
+        assert await names() == {"new"}
+
+
 async def test_sigterm_lets_answers_finish_and_leaves_nothing_behind() -> None:
     engine = await FakeEngine(slowly(0.5)).start()
     async with serve("--worker-urls", engine.url) as served:

@@ -7,7 +7,26 @@ import click
 POLICY_HELP = "How to choose an instance; options as in block-k:k=4. All names: block policies."
 
 
-@click.command()
+LISTS = frozenset({"--worker-urls", "--cors-allowed-origins", "--request-id-headers", "--selector"})
+"""Options that take several values behind each other, as in other routers."""
+
+
+class ServeCommand(click.Command):
+    """Takes ``--worker-urls URL URL`` as ``--worker-urls URL --worker-urls URL``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        of: str | None = None
+        for at, arg in enumerate(args):
+            if arg.startswith("-"):
+                of = arg if arg in LISTS else None
+            elif of is not None and args[at - 1] != of:
+                spread.append(of)
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+@click.command(cls=ServeCommand)
 @click.option(
     "--instance",
     "instances",
@@ -18,10 +37,13 @@ POLICY_HELP = "How to choose an instance; options as in block-k:k=4. All names: 
 @click.option(
     "--worker-urls",
     multiple=True,
-    metavar="'URL URL ...'",
+    metavar="URL [URL ...]",
     help="Engines without predictors, separated by spaces or commas.",
 )
 @click.option("--static-backends", metavar="URL,URL", help="The same, spelled as production-stack does.")
+@click.option(
+    "--static-models", metavar="NAME,NAME", help="Taken and not needed: every engine is asked for its models."
+)
 @click.option(
     "--config",
     "config_file",
@@ -33,17 +55,30 @@ POLICY_HELP = "How to choose an instance; options as in block-k:k=4. All names: 
 @click.option("--workers", type=int, help="Processes that share the port. [1]")
 @click.option("--admin-port", type=int, help="A port of its own for /admin, /metrics and decisions.")
 @click.option("--admin-host", help="Address of that port. [127.0.0.1]")
+@click.option("--prometheus-port", type=int, help="A port of its own for /metrics and health, beside the main one.")
+@click.option("--prometheus-host", help="Address of that port. [127.0.0.1]")
 @click.option(
     "--service-discovery",
     type=click.Choice(["static", "file", "dns", "k8s"]),
-    help="Where more instances are found, and lost. [static: nowhere]",
+    is_flag=False,
+    flag_value="k8s",
+    help="Where more instances are found, and lost; k8s where no word follows. [static: nowhere]",
 )
+@click.option(
+    "--selector",
+    "--k8s-label-selector",
+    multiple=True,
+    metavar="KEY=VALUE [KEY=VALUE ...]",
+    help="Labels of pods (k8s).",
+)
+@click.option("--service-discovery-port", "--k8s-port", type=int, help="Port of those pods. [8000]")
+@click.option("--service-discovery-namespace", "--k8s-namespace", help="Their namespace. [default]")
 @click.option("--discovery-file", type=click.Path(dir_okay=False), help="llm-d's endpoint file, or TOML [[instances]].")
 @click.option("--discovery-name", metavar="HOST:PORT|_SRV._TCP.NAME", help="DNS name of all instances.")
 @click.option("--discovery-interval-secs", "discovery_interval_s", type=float, help="How often DNS is asked. [10]")
 @click.option("--discovery-predictor-port", type=int, help="Predictors' port on the hosts that are discovered.")
 @click.option("--discovery-profile", help="Profile of the engines that are discovered, where they have no predictor.")
-@click.option("--policy", help=POLICY_HELP + " [block]")
+@click.option("--policy", "--routing-logic", "policy", help=POLICY_HELP + " [block]")
 @click.option("--length-estimator", help="How output lengths are estimated. [history]")
 @click.option(
     "--predict",
@@ -63,7 +98,18 @@ POLICY_HELP = "How to choose an instance; options as in block-k:k=4. All names: 
 @click.option("--queue-timeout-secs", "queue_timeout_s", type=float, help="Longest wait in the queue. [10]")
 @click.option("--request-timeout-secs", "request_timeout_s", type=float, help="Longest time for one request. [1800]")
 @click.option("--retry-max-retries", "retries", type=int, help="Retries of a request not yet answered. [3]")
-@click.option("--cb-failure-threshold", type=int, help="Failures in a row that open an instance's circuit. [5]")
+@click.option("--disable-retries", is_flag=True, help="None of those.")
+@click.option(
+    "--cb-failure-threshold", type=int, help="Failures in a row that open an instance's circuit; 0 is never. [5]"
+)
+@click.option(
+    "--cb-open-secs", "--cb-timeout-duration-secs", "cb_open_s", type=float, help="For how long it stays open. [5]"
+)
+@click.option("--disable-circuit-breaker", is_flag=True, help="It never opens.")
+@click.option(
+    "--health-check-path", "--health-check-endpoint", "health_check_path", help="What is asked of engines. [/health]"
+)
+@click.option("--health-failure-threshold", type=int, help="Failed checks in a row that take an instance out. [3]")
 @click.option("--health-check-interval-secs", "health_check_interval_s", type=float, help="[2]")
 @click.option("--health-check-timeout-secs", "health_check_timeout_s", type=float, help="[2]")
 @click.option(
@@ -78,6 +124,7 @@ POLICY_HELP = "How to choose an instance; options as in block-k:k=4. All names: 
 )
 @click.option(
     "--shutdown-grace-period-secs",
+    "--drain-timeout",
     "shutdown_grace_period_s",
     type=float,
     help="For answers to finish after SIGTERM. [60]",
@@ -92,17 +139,48 @@ POLICY_HELP = "How to choose an instance; options as in block-k:k=4. All names: 
 @click.option(
     "--tls-ca-path", type=click.Path(dir_okay=False), help="Clients must show a certificate of this authority."
 )
-@click.option("--upstream-ca-path", type=click.Path(dir_okay=False), help="Authority of https:// instances.")
-@click.option("--upstream-cert-path", type=click.Path(dir_okay=False), help="Certificate to show to instances.")
-@click.option("--upstream-key-path", type=click.Path(dir_okay=False), help="Its key.")
+@click.option(
+    "--upstream-ca-path",
+    "--ca-cert-paths",
+    "upstream_ca_path",
+    type=click.Path(dir_okay=False),
+    help="Authority of https:// instances.",
+)
+@click.option(
+    "--upstream-cert-path",
+    "--client-cert-path",
+    "upstream_cert_path",
+    type=click.Path(dir_okay=False),
+    help="Certificate to show to instances.",
+)
+@click.option(
+    "--upstream-key-path", "--client-key-path", "upstream_key_path", type=click.Path(dir_okay=False), help="Its key."
+)
 @click.option(
     "--admission",
     type=click.Choice(["all", "deadline"]),
     help="deadline: answer 429 where no instance is expected to meet a request's SLO headers. [all]",
 )
 @click.option("--sse-keep-alive-secs", "sse_keep_alive_s", type=float, help="Comments in silent streams; 0 is off. [0]")
-@click.option("--tracing/--no-tracing", default=None, help="OpenTelemetry spans, set up by OTEL_* variables. [no]")
-@click.option("--request-bytes-max", type=int, help="Largest request body. [33554432]")
+@click.option(
+    "--tracing/--no-tracing",
+    "--enable-trace/--disable-trace",
+    "tracing",
+    default=None,
+    help="OpenTelemetry spans, set up by OTEL_* variables. [no]",
+)
+@click.option(
+    "--request-bytes-max", "--max-payload-size", "request_bytes_max", type=int, help="Largest request body. [33554432]"
+)
+@click.option(
+    "--cors-allowed-origins",
+    multiple=True,
+    metavar="ORIGIN [ORIGIN ...]",
+    help="Web pages that may ask; * is all. [none]",
+)
+@click.option(
+    "--request-id-headers", multiple=True, metavar="NAME [NAME ...]", help="Where a request's id is. [x-request-id]"
+)
 @click.option(
     "--log-requests", type=click.Path(dir_okay=False), help="Append finished requests to this file (JSON lines)."
 )
@@ -111,11 +189,22 @@ POLICY_HELP = "How to choose an instance; options as in block-k:k=4. All names: 
     type=click.Choice(["off", "features", "full"]),
     help="What that file keeps of prompts: nothing, counts and hashed words, or the text. [off]",
 )
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[info]")
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "warn", "error", "critical"]), help="[info]"
+)
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any setting of docs/gateway.md, written as in a variable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready.")
 @click.option("--dump-config", is_flag=True, help="Print the whole configuration as TOML and exit.")
 @click.option("--check-config", is_flag=True, help="Check the configuration and exit.")
-def command(config_file: str | None, as_json: bool, dump_config: bool, check_config: bool, **flags: Any) -> None:
+def command(
+    config_file: str | None, as_json: bool, dump_config: bool, check_config: bool, sets: tuple[str, ...], **flags: Any
+) -> None:
     """Serve OpenAI's API in front of several engines, sending each request where it is predicted to do best.
 
     Every option is also a variable (BLOCK_PORT, BLOCK_POLICY, ...; lists are separated by spaces) and a key of the TOML
@@ -127,7 +216,7 @@ def command(config_file: str | None, as_json: bool, dump_config: bool, check_con
                   --instance http://gpu2:8000,predictor=http://gpu2:9000
       block serve --instance http://gpu1:8000,profile=h200-llama3.1-8b,max-num-seqs=128 \\
                   --instance http://gpu2:8000,profile=h200-llama3.1-8b,max-num-seqs=128
-      block serve --policy least-outstanding --worker-urls "http://gpu1:8000 http://gpu2:8000"
+      block serve --policy least-outstanding --worker-urls http://gpu1:8000 http://gpu2:8000
       block serve --service-discovery file --discovery-file endpoints.yaml --workers 4 --admin-port 8001
       block serve --config gateway.toml --port 8080
       block serve --config gateway.toml --dump-config
@@ -138,14 +227,16 @@ def command(config_file: str | None, as_json: bool, dump_config: bool, check_con
     given = _given(flags)
 
     def load() -> configuration.GatewayConfig:
-        return configuration.load_config(given, file=config_file)
+        return configuration.load_config(given, file=config_file, sets=sets)
 
     config = load()
     policy_from(config.policy)
     if dump_config:
         click.echo(configuration.dump_config(config), nl=False)
     elif check_config:
-        config.all_keys()
+        from block.gateway.serve import check
+
+        check(config)
         click.echo(f"The configuration is fine: {len(config.instances)} instances, policy {config.policy}.")
     else:
         _serve(config, load, as_json)
@@ -158,12 +249,30 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     urls = list(flags.pop("instances"))
     urls += [url for text in flags.pop("worker_urls") for url in text.replace(",", " ").split()]
     urls += [url for url in (flags.pop("static_backends") or "").split(",") if url]
+    models = flags.pop("static_models")
+    if models is not None and len(models.split(",")) != len(urls):
+        raise click.UsageError("--static-models must name one model for each backend.")
+    _as_ours(flags)
     given = {name: value for name, value in flags.items() if value is not None and value != ()}
-    if "api_keys" in given:
-        given["api_keys"] = list(given["api_keys"])
+    for name in ("api_keys", "cors_allowed_origins"):
+        if name in given:
+            given[name] = list(given[name])
     if urls:
         given["instances"] = [parse_instance(url) for url in urls]
     return given
+
+
+def _as_ours(flags: dict[str, Any]) -> None:
+    """Flags of other routers that have no setting of the same kind here."""
+    if flags.pop("disable_retries"):
+        flags["retries"] = 0
+    if flags.pop("disable_circuit_breaker"):
+        flags["cb_failure_threshold"] = 0
+    flags["log_level"] = {"warn": "warning", "critical": "error"}.get(flags["log_level"], flags["log_level"])
+    labels, port = ",".join(flags.pop("selector")), flags.pop("service_discovery_port") or 8000
+    namespace = flags.pop("service_discovery_namespace") or "default"
+    if labels:
+        flags["discovery_name"] = f"{namespace}/pods:{labels}:{port}"
 
 
 def _serve(config: Any, reload: Any, as_json: bool) -> None:
@@ -187,7 +296,8 @@ def _started(config: Any, as_json: bool, port: int, ready: int) -> None:
     import json
     import os
 
-    url = f"{'http' if config.tls_cert_path is None else 'https'}://{config.host}:{port}"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"{'http' if config.tls_cert_path is None else 'https'}://{host}:{port}"
     if as_json:
         click.echo(json.dumps({"url": url, "pid": os.getpid(), "ready": ready}))
         return
@@ -206,11 +316,21 @@ def _run(config: Any, reload: Any, started: Any, workers: Any = None, parent: in
 
 
 def _supervise(config: Any, reload: Any, as_json: bool) -> None:
+    import contextlib
     import sys
 
-    from block.errors import UserError
+    from block.errors import BlockError, UserError
     from block.gateway.processes.supervisor import USER_ERROR, Place, Supervisor
     from block.gateway.processes.workers import Workers
+    from block.policy.table import policy_from
+
+    def refresh() -> None:
+        nonlocal config
+        with contextlib.suppress(BlockError):  # the workers say what is wrong with it
+            new = reload()
+            policy_from(new.policy)
+            new.all_keys()
+            config = new
 
     def serve(place: Place) -> int:
         own = place.config(config)
@@ -224,10 +344,7 @@ def _supervise(config: Any, reload: Any, as_json: bool) -> None:
             return USER_ERROR
         return 0
 
-    admin = None if config.admin_port is None else (config.admin_host, config.admin_port)
-    supervisor = Supervisor(
-        config.workers, config.host, config.port, admin, serve, grace_s=config.shutdown_grace_period_s
-    )
+    supervisor = Supervisor(config, serve, refresh)
     code = supervisor.run(lambda ready: _started(config, as_json, supervisor.port, ready))
     if code:
         sys.exit(code)

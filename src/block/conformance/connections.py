@@ -42,6 +42,25 @@ async def http10(target: Target) -> None:
         expect(await wire.ends(target.quiet_s * 4), "the connection stays open")
 
 
+async def http10_stream(target: Target) -> None:
+    async with target.wire() as wire:
+        await wire.send(target.post(target.chat(stream=True), version="1.0"))
+        expect(await wire.ends(target.timeout_s), "the connection stays open")
+        head, _, body = wire.received.partition(b"\r\n\r\n")
+    expect(b" 200 " in head.split(b"\r\n")[0], f"it gets {head[:40]!r}")
+    expect(b"transfer-encoding" not in head.lower(), "an HTTP/1.0 client gets a chunked stream")
+    expect(body.startswith((b"data:", b":", b"event:")) and b"[DONE]" in body[-20:], "the stream is not whole")
+
+
+async def absolute_target(target: Target) -> None:
+    async with target.wire() as wire:
+        await wire.send(
+            target.head("GET", "/v1/models").replace(b"GET /", b"GET http://%b/" % target.netloc.encode(), 1)
+        )
+        status = (await wire.answer()).status
+    expect(status == 200, f"it gets {status}")
+
+
 async def pipelined(target: Target) -> None:
     models, nowhere = target.head("GET", "/v1/models"), target.head("GET", _NOWHERE)
     async with target.wire() as wire:
@@ -119,6 +138,9 @@ CHECKS: Final = (
     Check("keep-alive-after-error", "After an error a connection is of use, or says that it closes.", RFC9112 + "9.6", after_error),
     Check("close-honoured", "A connection whose client says close is closed after the answer.", RFC9112 + "9.6", close_honoured),
     Check("http-1.0", "HTTP/1.0 clients get an unchunked answer and the connection's end.", RFC9112 + "6.1", http10),
+    Check("http-1.0-stream", "A stream for an HTTP/1.0 client has no chunks and ends with the connection (nginx asks so).",
+          RFC9112 + "6.1", http10_stream, required=False),
+    Check("absolute-target", "A target that is a whole URL is taken.", RFC9112 + "3.2.2", absolute_target),
     Check("pipelined", "Requests sent at once are answered in their order.", RFC9112 + "9.3.2", pipelined),
     Check("pipelined-behind-stream", "A request behind a stream waits for its end.", RFC9112 + "9.3.2", pipelined_behind_stream),
     Check("unread-body", "A refused request's body is never taken for the next request.", RFC9112 + "9.3", unread_body),

@@ -27,6 +27,13 @@ async def id_on_errors(target: Target) -> None:
     expect(found == _ID, f"the {answer.status} answer has x-request-id {found!r}")
 
 
+async def allowed_methods(target: Target) -> None:
+    answer = await target.ask("DELETE", CHAT)
+    expect(answer.status in (404, 405), f"DELETE gets {answer.status}")
+    if answer.status == 405:
+        expect("post" in answer.fields.get("allow", "").lower(), f"Allow is {answer.fields.get('allow')!r}")
+
+
 async def long_id(target: Target) -> None:
     status = (await target.ask("POST", CHAT, target.chat(), headers={"x-request-id": "a" * 4000})).status
     expect(status < 500, f"an id of 4,000 characters gets {status}")
@@ -80,6 +87,7 @@ CHECKS: Final = (
     Check("request-id-made", "Without one each answer gets an id of its own.", CUSTOM, id_made, required=False),
     Check("request-id-on-errors", "Errors carry the client's x-request-id too.", CUSTOM, id_on_errors, required=False),
     Check("request-id-long", "A very long x-request-id never causes a 5xx.", CUSTOM, long_id),
+    Check("allow", "Who uses a method that is not allowed is told which are.", RFC9110 + "15.5.6", allowed_methods, required=False),
     Check("unknown-header", "A header that nobody knows does no harm.", RFC9110 + "5.1", unknown_header),
     Check("unknown-field", "A body field that the gateway does not know does no harm.", CUSTOM, unknown_field, required=False),
     Check("no-cache", "Streams forbid caching.", CUSTOM, no_cache, required=False),

@@ -17,6 +17,7 @@ from block import dashboard
 from block.errors import ClientError, UserError
 from block.gateway.config import InstanceConfig
 from block.gateway.members.pool import Instance
+from block.gateway.peers import answer_to_change, as_admin, workers_told
 from block.gateway.wire.http1 import HttpRequest
 from block.gateway.wire.proxy import ClientConnection, Surface
 
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 class Admin:
     """``/admin/instances``: GET lists, POST adds; ``.../NAME``: DELETE removes; ``.../NAME/drain``: POST drains.
 
-    ``/admin/recent``: what came and ended lately; ``/admin/dashboard``: the page that shows it.
-    ``/admin/changes``: what was changed here, for a worker that starts later.
+    ``/workers`` and its like are other routers' names for the same. ``/admin/recent``: what came and ended lately;
+    ``/admin/dashboard``: the page that shows it. ``/admin/changes``: what was changed here, for a worker process that starts later.
     """
 
     def __init__(self, app: "App", *, own_port: bool) -> None:
@@ -40,12 +41,15 @@ class Admin:
         Raises:
             ClientError: not allowed, not found, or not understood.
         """
-        parts = [unquote(part) for part in http.path.removeprefix("/admin/").split("/")]
-        if http.method in (b"GET", b"HEAD") and parts == ["dashboard"]:
+        if http.method in (b"GET", b"HEAD") and http.path == "/admin/dashboard":
             self._check_door(client)  # no key: a browser cannot bring it along, and the page itself tells nothing
             client.answer(200, dashboard.page(), dashboard.CONTENT_TYPE, dashboard.HEADERS)
             return
         self.check_allowed(client, http)
+        if not http.path.startswith("/admin/"):
+            self._handle_as_others_do(client, http)
+            return
+        parts = [unquote(part) for part in http.path.removeprefix("/admin/").split("/")]
         workers = None if client.surface is Surface.WORKER else self._app.workers
         if http.method == b"GET" and parts == ["recent"]:
             cursor = parse_qs(http.target.partition(b"?")[2].decode("ascii", "replace")).get("after", [""])[-1]
@@ -54,11 +58,29 @@ class Admin:
             else:
                 self._app.answer_later(client, http, workers.recent(cursor, self._recent))
             return
-        status, found, told = self._answer(http, parts)
-        if workers is None or told is None:
-            client.answer(status, msgspec.json.encode(found))
+        self._finish(client, http, *self._answer(http.method, parts, http.body))
+
+    def _handle_as_others_do(self, client: ClientConnection, http: HttpRequest) -> None:
+        """``/workers`` and its like, as SGLang's and vLLM's routers have them."""
+        instances = self._app.pool.instances
+        if http.method in (b"GET", b"HEAD"):
+            told = workers_told(http.path, instances.values())
+            if told is not None:
+                client.answer(200, msgspec.json.encode(told))
+                return
+        method, parts, body = as_admin(http, instances.values())
+        _, found, tell = self._answer(method, parts, body)
+        self._finish(client, http, *answer_to_change(method, found["name"], found["url"]), tell)
+
+    def _finish(
+        self, client: ClientConnection, http: HttpRequest, status: int, found: Any, tell: tuple[str, str, bytes] | None
+    ) -> None:
+        """Answer, once the other workers were told what there is to tell."""
+        workers, answer = self._app.workers, msgspec.json.encode(found)
+        if workers is None or tell is None or client.surface is Surface.WORKER:
+            client.answer(status, answer)
         else:
-            self._app.answer_later(client, http, workers.tell(*told, answer=(status, msgspec.json.encode(found))))
+            self._app.answer_later(client, http, workers.tell(*tell, answer=(status, answer)))
 
     def _recent(self, cursor: str) -> Any:
         return self._app.dispatcher.recent.after(cursor, self._app.dispatcher, self._app.pool)
@@ -88,17 +110,17 @@ class Admin:
             raise ClientError(404, f"There is no administration here: {why}.", code="not_found")
 
     def _answer(
-        self, http: HttpRequest, parts: Sequence[str]
+        self, method: bytes, parts: Sequence[str], body: bytes
     ) -> tuple[int, Any, tuple[str, str, bytes] | None]:  # fmt: skip
         """(status, answer, what to tell other workers: method, path and body)."""
         app = self._app
-        match (http.method, parts):
+        match (method, parts):
             case (b"GET", ["instances"]):
                 return 200, {"data": [self._describe(i) for i in app.pool.instances.values()]}, None
             case (b"GET", ["changes"]):
                 return 200, app.members.changes(), None
             case (b"POST", ["instances"]):
-                config = self._instance_of(http.body)
+                config = self._instance_of(body)
                 told = ("POST", "/admin/instances", msgspec.json.encode(config))
                 return 201, self._describe(app.members.join(config)), told
             case (b"POST", ["instances", name, "drain"]):
@@ -109,7 +131,8 @@ class Admin:
                 instance = self._instance(name)
                 app.members.dismiss(instance)
                 return 200, self._describe(instance), ("DELETE", f"/admin/instances/{quote(name, safe='')}", b"")
-        raise ClientError(404, f"There is no {http.method.decode()} {http.path} here.", code="not_found")
+        path = "/".join(parts)
+        raise ClientError(404, f"There is no {method.decode('latin-1')} /admin/{path} here.", code="not_found")
 
     def _instance(self, name: str) -> Instance:
         for instance in self._app.pool.instances.values():

@@ -3,7 +3,7 @@
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, get_type_hints
 from urllib.parse import urlsplit
@@ -12,6 +12,7 @@ import msgspec
 
 from block.engine.limits import EngineLimits
 from block.errors import ConfigError
+from block.gateway.peers import policy_called
 from block.steptime.profile import load_profile
 
 ENVIRONMENT_PREFIX: Final = "BLOCK_"
@@ -20,14 +21,15 @@ RELOADABLE: Final = frozenset(
         "instances", "policy", "max_concurrent_requests", "queue_size", "queue_timeout_s", "instance_in_flight_max",
         "request_timeout_s", "retries", "stale_after_s", "api_keys",
         "api_key_file", "admin_key", "instance_allow", "objectives", "admission", "admission_confidence",
-        "sse_keep_alive_s", "continue_streams", "continue_silent_s",
+        "sse_keep_alive_s", "continue_streams", "continue_silent_s", "cors_allowed_origins", "request_id_headers",
     }
 )  # fmt: skip
 """Fields that a reload changes; the others need a restart, and the reload says so."""
 
 
 PASSED_THROUGH: Final = (
-    "/v1/", "/tokenize", "/detokenize", "/score", "/rerank", "/pooling", "/classify", "/version",
+    "/v1/", "/v2/rerank", "/tokenize", "/detokenize", "/score", "/rerank", "/pooling", "/classify", "/encode", "/generate",
+    "/inference/v1/", "/invocations", "/get_model_info", "/version",
 )  # fmt: skip
 
 
@@ -98,6 +100,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     workers: int = 1  # processes that share the port; limits and counts are each one's own
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # where /admin is then, and only there
+    prometheus_host: str = "127.0.0.1"
+    prometheus_port: int | None = None  # where the metrics and the health routes are too
     instances: list[InstanceConfig] = []
     service_discovery: Literal["static", "file", "dns", "k8s"] = "static"
     discovery_file: str | None = None
@@ -150,7 +154,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     hang_after_s: float = 0.75  # all streams of an instance silent for this long: no new requests to it; 0: off
     shutdown_grace_period_s: float = 60.0
     continue_streams: int = 0  # how often a stream whose instance died goes on elsewhere; 0: never, and nothing is kept
-    continue_silent_s: float = 2.0  # with continue_streams: what waits at an instance that hangs for this long moves
+    continue_silent_s: float = (
+        2.0  # what waits at an instance that hangs for this long is asked of another one; 0: never
+    )
 
     tls_cert_path: str | None = None
     tls_key_path: str | None = None
@@ -159,6 +165,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     upstream_cert_path: str | None = None
     upstream_key_path: str | None = None
 
+    cors_allowed_origins: list[str] = []  # of web pages that may ask; "*": all
+    request_id_headers: tuple[str, ...] = ("x-request-id",)  # where a request's id is looked for, in this order
     api_keys: list[str] = []
     api_key_file: str | None = None
     admin_key: str | None = None
@@ -175,8 +183,10 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must be in 0-65535, not {self.port}.")
+        for name in ("port", "admin_port", "prometheus_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port <= 65535:
+                raise ConfigError(f"{name} must be in 0-65535, not {port}.")
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if kind in (int, float) and value < 0:
@@ -184,8 +194,6 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         for name, low, high in (("prediction_level", 0.5, 0.999), ("admission_confidence", 0.01, 0.99)):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} must be in {low}-{high}, not {getattr(self, name)}.")
-        if self.admin_port is not None and not 0 <= self.admin_port <= 65535:
-            raise ConfigError(f"admin_port must be in 0-65535, not {self.admin_port}.")
         if self.discovery_interval_s < 0.05:
             raise ConfigError("discovery_interval_s must be at least 0.05.")
         for name in (
@@ -259,9 +267,12 @@ def parse_instance(text: str) -> InstanceConfig:
 
 
 def load_config(
-    flags: Mapping[str, Any], *, file: str | None = None, environment: Mapping[str, str] | None = None
-) -> GatewayConfig:
+    flags: Mapping[str, Any], *, file: str | None = None, environment: Mapping[str, str] | None = None,
+    sets: Iterable[str] = (),
+) -> GatewayConfig:  # fmt: skip
     """Flags over ``BLOCK_*`` variables over the TOML file over the defaults. ``flags`` holds only what was given.
+
+    ``sets``: ``NAME=VALUE`` as after ``--set``, the value written as in a variable; as strong as flags.
 
     Raises:
         ConfigError: an unknown key (the message lists the known ones), a wrong type or value, an unreadable file.
@@ -270,7 +281,11 @@ def load_config(
     file = file or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG_FILE")
     merged: dict[str, Any] = _from_file(file) if file else {}
     merged.update(_from_environment(environment))
+    if sets:
+        merged.update(_from_environment(_as_variables(sets)))
     merged.update(flags)
+    if isinstance(merged.get("policy"), str):
+        merged["policy"] = policy_called(merged["policy"])
     if file:
         merged["config_file"] = str(file)
     try:
@@ -325,6 +340,12 @@ def _check_keys(where: str, given: Mapping[str, Any], record: type[msgspec.Struc
     for key in given:
         if key not in known:
             raise ConfigError(f"{where}: there is no setting {key!r}. Known: {', '.join(sorted(known))}.")
+
+
+def _as_variables(sets: Iterable[str]) -> dict[str, str]:
+    given = dict(text.partition("=")[::2] for text in sets)
+    _check_keys("--set", given, GatewayConfig)
+    return {ENVIRONMENT_PREFIX + name.upper(): value for name, value in given.items()}
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:

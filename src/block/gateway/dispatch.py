@@ -21,6 +21,7 @@ evidence, the policy falls back, and the fallback is counted.
 
 import asyncio
 import logging
+from bisect import insort
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from time import monotonic
@@ -38,6 +39,7 @@ from block.gateway.exchange import Exchange
 from block.gateway.members.pool import Instance, Pool
 from block.gateway.records.decisions import Decisions
 from block.gateway.records.metrics import Metrics
+from block.gateway.records.owners import Owners
 from block.gateway.records.recent import Recent
 from block.gateway.records.tracing import Tracing
 from block.policy.table import Policy
@@ -56,10 +58,12 @@ class Dispatcher:
         self.config, self.pool, self.decider, self.lessons, self.metrics = config, pool, decider, lessons, metrics
         self.decisions = Decisions(config.decisions_kept)
         self.recent = Recent(config.recent_kept)
+        self.owners = Owners()
         self.decision_headers = config.decision_headers
         self.draining = False
         self.active: set[Exchange] = set()
-        self.queue: deque[Exchange] = deque()
+        self.queue: list[Exchange] = []
+        """Those that wait to be admitted, in the order in which they will be."""
         self.budget = RetryBudget(config.retry_budget_fraction)
         self._loop = loop
         self._tasks: set[asyncio.Task[None]] = set()
@@ -84,12 +88,14 @@ class Dispatcher:
         self._dispatch(exchange)
 
     def _enqueue(self, exchange: Exchange) -> None:
-        if len(self.queue) >= self.config.queue_size:
-            self._shed(exchange, "queue_full", "The gateway is at its limit and its queue is full; try again later.")
-            return
+        """The more important first, then the earlier; a full queue loses its least important."""
         self.active.discard(exchange)
         exchange.queued_s = exchange.queued_s or monotonic()
-        self.queue.append(exchange)
+        insort(self.queue, exchange, key=_rank)
+        if len(self.queue) > self.config.queue_size:
+            last = self.queue.pop()
+            reason = "queue_full" if last is exchange else "evicted"
+            self._shed(last, reason, "The gateway is at its limit and its queue is full; try again later.")
 
     def _shed(self, exchange: Exchange, reason: str, message: str) -> None:
         self.metrics.rejected.labels(reason).inc()
@@ -112,14 +118,23 @@ class Dispatcher:
         return True
 
     def _pull(self) -> None:
-        """A slot is free: the next in the queue goes."""
-        while self.queue and len(self.active) < self.config.max_concurrent_requests:
-            exchange = self.queue.popleft()
-            if exchange.over:
+        """A slot is free: the next in the queue that has somewhere to go goes; who waits for others does not block it."""
+        queue, self.queue = self.queue, []
+        full: set[str] = set()
+        for at, exchange in enumerate(queue):
+            if len(self.active) >= self.config.max_concurrent_requests:
+                self.queue += queue[at:]
+                break
+            model = exchange.request.model
+            if exchange.over or (model in full and exchange.only is None):
+                if not exchange.over:
+                    self.queue.append(exchange)
                 continue
-            if not self.eligible(exchange) and self.pool.full(exchange.request.model):
-                self.queue.appendleft(exchange)
-                return
+            if not self.eligible(exchange) and self._full(exchange):
+                self.queue.append(exchange)
+                if exchange.only is None:
+                    full.add(model)
+                continue
             self.metrics.queue_time.observe(monotonic() - exchange.queued_s)
             self.active.add(exchange)
             self._dispatch(exchange)
@@ -127,8 +142,10 @@ class Dispatcher:
     # Decision and sending
 
     def eligible(self, exchange: Exchange) -> Sequence[InstanceId]:
-        """Instances that may get it, those that failed it left out."""
+        """Instances that may get it, those that failed it, and those that its client did not ask for, left out."""
         ids = self.pool.eligible(exchange.request.model)
+        if exchange.only is not None:
+            ids = tuple(i for i in ids if i in exchange.only)
         return [i for i in ids if i not in exchange.tried] if exchange.tried else ids
 
     def _dispatch(self, exchange: Exchange) -> None:
@@ -144,6 +161,27 @@ class Dispatcher:
         else:
             self.holding.offer(exchange, policy.hold)
 
+    def would(self, exchange: Exchange) -> bytes:
+        """Where a request would go if it came now, explained as a decision that was made is.
+
+        Raises:
+            ClientError: 503, there is no instance for it; 400, the predictors are asked remotely.
+        """
+        ids = self.eligible(exchange)
+        if not ids:
+            message = f"No instance is ready: {self._why_nobody(exchange)}."
+            raise ClientError(503, message, kind="server_error", code="no_ready_endpoint")
+        policy = self.decider.policy_for(exchange)
+        if self.decider.asks_remotely(policy):
+            raise ClientError(400, "Questions need predict = 'local'.", code="not_local")
+        exchange.decision = decision = self.decider.decide(exchange, policy, ids)
+        prediction = decision.candidates[_place(decision)].prediction
+        if prediction is not None:
+            exchange.interval = self.lessons.residuals.interval(
+                decision.instance, prediction, exchange.estimate, exchange.expected_total, monotonic()
+            )
+        return self.decisions.described(exchange, self.pool.left_out(exchange.request.model))
+
     async def _dispatch_remotely(self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId]) -> None:
         decision = await self.decider.decide_remotely(exchange, policy, ids)
         if exchange.over:
@@ -157,15 +195,25 @@ class Dispatcher:
         """There is no instance for it: all failed it, all are full, or none is ready."""
         if self._wait_for_somebody(exchange):
             return
-        why = self.pool.why_none()
+        why = self._why_nobody(exchange)
         if exchange.tried:
             message = f"No instance could answer: {why}."
             exchange.refuse(ClientError(502, message, kind="server_error", code="instances_failed"))
-        elif self.pool.full(exchange.request.model):
+        elif self._full(exchange):
             self._enqueue(exchange)
         else:
             error = ClientError(503, f"No instance is ready: {why}.", kind="server_error", code="no_ready_endpoint")
             exchange.refuse(error, b"retry-after: 1\r\n")
+
+    def _why_nobody(self, exchange: Exchange) -> str:
+        if exchange.only is None:
+            return self.pool.why_none()
+        states = [f"{i}: {self.pool.instances[i].reason}" for i in exchange.only if i in self.pool.instances]
+        return "; ".join(states[:8]) or "none of those that the request asks for is here"
+
+    def _full(self, exchange: Exchange) -> bool:
+        """Instances for it are ready, all at their limit."""
+        return self.pool.full(exchange.request.model, exchange.only)
 
     def send(self, exchange: Exchange, decision: Decision) -> None:
         """Send it where the decision says."""
@@ -181,7 +229,7 @@ class Dispatcher:
             exchange.interval = self.lessons.residuals.interval(
                 instance.id, prediction, exchange.estimate, exchange.expected_total, now_s
             )
-        self.decisions.note(exchange)
+        self.decisions.note(exchange, self.pool.left_out(exchange.request.model))
         self.recent.decided(exchange)
         exchange.tokens = exchange.request.prompt_tokens + exchange.expected_total
         self.pool.started(instance, exchange.tokens, now_s)
@@ -303,20 +351,28 @@ class Dispatcher:
         return True
 
     def move_from_the_silent(self, now_s: float) -> None:
-        """What waits at an instance that has been silent for too long is asked of another one."""
+        """What waits at an instance that has been silent for too long is asked of another one: requests that have no byte
+        of their answer yet, and streams that can go on."""
         after_s = self.config.continue_silent_s
         silent = [
-            i for i in self.pool.instances.values() if i.suspect and i.in_flight and now_s - i.last_byte_s > after_s
+            i
+            for i in self.pool.instances.values()
+            if after_s and i.suspect and i.in_flight and now_s - i.last_byte_s > after_s
         ]
-        if not silent or not any(not i.suspect for i in self.pool.ready()):
+        if not silent:
             return
         for exchange in [x for x in self.active if x.instance in silent and now_s - x.sent_s > after_s]:
             if exchange.head_sent:
                 movable = exchange.tape is not None and exchange.tape.can_continue
             else:
                 movable = exchange.attempts <= self.config.retries and self.budget.left >= 1
-            if movable:
+            if movable and self._somebody_moves(exchange):
                 exchange.lose(f"was silent for {after_s:g} s")
+
+    def _somebody_moves(self, exchange: Exchange) -> bool:
+        """Another instance may have it that is not suspected itself."""
+        instances = self.pool.instances
+        return any(instances[i] is not exchange.instance and not instances[i].suspect for i in self.eligible(exchange))
 
     # The end
 
@@ -380,15 +436,17 @@ class Dispatcher:
             for exchange in [x for x in self.active if x.sse and now_s - x.heard_s > keep_s]:
                 exchange.keep_client(now_s)
         self.decider.drift.look(now_s, self.decider.evidence)
-        if self.config.continue_streams:
-            self.move_from_the_silent(now_s)
-        while self.queue and (self.queue[0].over or now_s - self.queue[0].queued_s > self.config.queue_timeout_s):
-            exchange = self.queue.popleft()
+        self.move_from_the_silent(now_s)
+        late = {x for x in self.queue if x.over or now_s - x.queued_s > self.config.queue_timeout_s}
+        if late:
+            self.queue = [x for x in self.queue if x not in late]
+        for exchange in late:
             if not exchange.over:
                 self._shed(
                     exchange, "queue_timeout", "The request waited in the gateway's queue for as long as it may."
                 )
-        self._pull()
+        if self.queue:
+            self._pull()
 
     async def idle(self) -> None:
         """Until no request is in flight or queued."""
@@ -429,6 +487,10 @@ class RetryBudget:
             return False
         self.left -= 1
         return True
+
+
+def _rank(exchange: Exchange) -> tuple[int, float]:
+    return exchange.request.priority, exchange.queued_s
 
 
 def _place(decision: Decision) -> int:

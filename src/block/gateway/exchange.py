@@ -8,20 +8,22 @@ Nothing of an answer is kept except its last bytes (for the usage). The dispatch
 """
 
 import asyncio
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from block.core import Decision, Prediction, Request
+from block.core import Decision, InstanceId, Prediction, Request
 from block.errors import ClientError, InstanceUnreachableError, StreamBrokenError
 from block.gateway.deciding.residuals import Interval
 from block.gateway.members.pool import Instance
 from block.gateway.wire.answers import AnswerHead
 from block.gateway.wire.continuation import Tape
 from block.gateway.wire.headers import prediction_lines
-from block.gateway.wire.http1 import LAST_CHUNK, HttpRequest, answer_head, chunk, request_head
+from block.gateway.wire.http1 import LAST_CHUNK, HttpRequest, Unchunked, answer_head, chunk, request_head
 from block.gateway.wire.openai import error_object
 from block.gateway.wire.upstream import UpstreamConnection
 from block.gateway.wire.usage import UsageStrip, asking_for_usage
+from block.policy.table import Policy
 
 if TYPE_CHECKING:
     from block.gateway.dispatch import Dispatcher
@@ -62,6 +64,7 @@ class Exchange:
         "keep_alive",
         "key",
         "last",
+        "only",
         "output_tokens",
         "over",
         "overhead_s",
@@ -76,6 +79,7 @@ class Exchange:
         "span",
         "sse",
         "status",
+        "strategy",
         "stream",
         "streaming",
         "strip",
@@ -101,6 +105,10 @@ class Exchange:
         self.interval: Interval | None = None
         """Around the prediction; both count from ``decided_s``."""
         self.decided_s = arrived_s
+        self.only: frozenset[InstanceId] | None = None
+        """The instances that the client asked for; ``None``: any."""
+        self.strategy: Policy | None = None
+        """The policy that the client asked for; ``None``: the one in force."""
         self.tried: set[str] = set()
         self.attempts = 0
         self.resent = False
@@ -125,7 +133,7 @@ class Exchange:
         """What of a streamed answer was given, where another instance may go on with it."""
         self.plain = False
         """Bytes go through as they come, and those before them did: the usual case of a stream, which must cost little."""
-        self.write = client.transport.write
+        self.write: Callable[[bytes], None] = client.transport.write
         self.streaming = False
         """It is counted among its instance's streams."""
         self.before_last = self.last = b""
@@ -141,9 +149,11 @@ class Exchange:
     def send_on(self, connection: UpstreamConnection, instance: Instance) -> None:
         """Write the request to an instance's connection."""
         self.connection = connection
-        extra = (
-            b"" if b"x-request-id" in self.http.fields else b"x-request-id: %b\r\n" % self.request.id.encode("latin-1")
-        )
+        extra, given = b"", self.http.fields.get(b"x-request-id")
+        if given is None or given.strip() != self.request.id.encode("latin-1"):
+            if given is not None:  # another header has the id
+                self.http.lines = _without_lines(self.http.lines, b"x-request-id:")
+            extra = b"x-request-id: %b\r\n" % self.request.id.encode("latin-1")
         self.sent_s = monotonic()
         if not self.overhead_s:
             self.overhead_s = self.sent_s - self.arrived_s
@@ -187,15 +197,13 @@ class Exchange:
         self.status = head.status
         if head.status in RETRYABLE and dispatcher.declines(self, head.status):
             return
-        if self.http.version == "1.0" and head.chunked:
-            self._drop_connection()
-            self.refuse(ClientError(505, "A streamed answer needs HTTP/1.1."))
-            return
         sse = head.fields.get(b"content-type", b"").startswith(b"text/event-stream")
         if self.head_sent:
             self._go_on(head, sse, instance)
             return
         self.sse, self.chunked = sse, head.chunked
+        if head.chunked and self.http.version == "1.0":
+            self.write = Unchunked(self.client.transport.write)
         self.heard_s = instance.last_byte_s
         if head.length is None and not head.chunked:
             self.keep_alive = False
@@ -215,13 +223,19 @@ class Exchange:
             self.client.transport.write(lines)
 
     def _answer_lines(self, head: AnswerHead, instance: Instance) -> bytes:
+        passed, cors = head.lines, self.client.cors
+        if head.chunked and self.http.version == "1.0":
+            passed = _without_lines(passed, b"transfer-encoding:")
+        if cors:
+            passed = [*_without_lines(passed, b"access-control-"), cors.lines(self.http)]
         lines = b"%bx-request-id: %b\r\n%b" % (
-            b"".join(head.lines),
+            b"".join(passed),
             self.request.id.encode("latin-1"),
             instance.header_lines,
         )
         if self.dispatcher.decision_headers:
-            lines += b"x-block-overhead-ms: %.3f\r\n" % (self.overhead_s * 1e3)
+            overhead_ms = self.overhead_s * 1e3
+            lines += b"x-block-overhead-ms: %.3f\r\nserver-timing: block;dur=%.3f\r\n" % (overhead_ms, overhead_ms)
             if self.prediction is not None:
                 lines += prediction_lines(self.prediction, self.interval, self.decided_s - self.arrived_s)
         if self.sse:
@@ -239,11 +253,13 @@ class Exchange:
             return
         out = data if self.strip is None else self.strip.feed(data)
         if self.held_head and out:
-            out, self.held_head, self.head_sent = self.held_head + out, b"", True
-        self.client.transport.write(out)
+            out = self._with_head(out)
+        self.write(out)
         self.instance.last_byte_s = self.heard_s = now_s = monotonic()  # type: ignore[union-attr]
         if not self.first_byte_s:
             self.first_byte_s = now_s
+            if self.http.target.startswith(b"/v1/responses"):
+                self.dispatcher.owners.learn(data, self.instance.id)  # type: ignore[union-attr]
         if self.sse:
             self.events += data.count(b"data:")
             self.plain = self.head_sent and self.strip is None
@@ -251,13 +267,20 @@ class Exchange:
         if self.tape is not None and self.tape.broken:
             self.lose("it gave up")
 
+    def _with_head(self, body: bytes) -> bytes:
+        """The body's first bytes, with the head in front where it is one write."""
+        head, self.held_head, self.head_sent = self.held_head, b"", True
+        if isinstance(self.write, Unchunked):
+            self.client.transport.write(head)
+            return body
+        return head + body
+
     def answer_ended(self) -> None:
         self.connection = None
         if self.held_head:  # a stream of nothing
-            self.head_sent = True
-            self.client.transport.write(self.held_head)
+            self.client.transport.write(self._with_head(b""))
         if self.strip is not None and not self.strip.chunked:
-            self.client.transport.write(self.strip.rest())
+            self.write(self.strip.rest())
         self.answered_s = monotonic()
         self.dispatcher.ended(self, None)
         self.client.exchange_ended(keep_alive=self.keep_alive)
@@ -292,8 +315,7 @@ class Exchange:
             between = not self.last or self.last.endswith((b"\n\n\r\n", b"\n\r\n\r\n"))
             if not between or self.connection is None or not self.connection.aligned:
                 return
-        head, self.held_head, self.head_sent = self.held_head, b"", True
-        self.client.transport.write(head + KEEP_ALIVE)
+        self.write(self._with_head(KEEP_ALIVE))
         self.heard_s = now_s
 
     # An answer that another instance goes on with
@@ -315,7 +337,7 @@ class Exchange:
     def complete(self) -> None:
         """All tokens came and what ends a stream did not: say it for the instance that is gone."""
         assert self.tape is not None
-        self.client.transport.write(self.tape.end())
+        self.write(self.tape.end())
         self.answered_s = monotonic()
         self.dispatcher.ended(self, None)
         self.client.exchange_ended(keep_alive=self.keep_alive)
@@ -337,6 +359,7 @@ class Exchange:
         if self.streaming and self.instance is not None:
             self.instance.streaming -= 1
         self.sse, self.streaming, self.held_head, self.strip = False, False, b"", None
+        self.write = self.client.transport.write
         if self.tape is not None:
             self.tape.begin()
 
@@ -356,7 +379,7 @@ class Exchange:
         if self.sse and self.chunked and aligned:
             event = b"" if self.last.endswith(b"\n\n\r\n") or not self.last else b"\n\n"
             event += b"data: " + error_object(message, "server_error", code, None) + b"\n\n"
-            self.client.transport.write(chunk(event) + LAST_CHUNK)
+            self.write(chunk(event) + LAST_CHUNK)
             self.client.exchange_ended(keep_alive=self.keep_alive)
         else:
             self.client.exchange_ended(keep_alive=False)
@@ -398,3 +421,8 @@ class Exchange:
         if self.connection is not None:
             self.connection.abandon()
             self.connection = None
+
+
+def _without_lines(lines: list[bytes], beginning: bytes) -> list[bytes]:
+    """Header lines but those that begin like this (in lower case)."""
+    return [line for line in lines if line[: len(beginning)].lower() != beginning]

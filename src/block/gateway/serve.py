@@ -35,7 +35,7 @@ from block.gateway.records.requestlog import RequestLog
 from block.gateway.records.tracing import Tracing
 from block.gateway.wire.openai import PromptRatio
 from block.gateway.wire.proxy import ClientConnection, Surface
-from block.gateway.wire.tls import server_certificates, stamp
+from block.gateway.wire.tls import UpstreamTls, server_certificates, stamp
 from block.length.table import make_estimator
 from block.policy.rank import Evidence as Needs
 from block.policy.table import Policy, policy_from
@@ -68,7 +68,7 @@ class Gateway:
         )
         self._request_log: RequestLog | None = None
         self.app: App
-        self.port = self.admin_port = 0
+        self.port = self.admin_port = self.prometheus_port = 0
 
     # Start and stop
 
@@ -111,8 +111,8 @@ class Gateway:
         self._background = [loop.create_task(self._sweep()), loop.create_task(self._look())]
         if config.service_discovery != "static":
             self._background.append(loop.create_task(follow(members_of(config), self.members, metrics)))
-        if self._reload is not None and config.config_file is not None:
-            self._background.append(loop.create_task(self._watch_file(config.config_file)))
+        if self._reload is not None:
+            self._background.append(loop.create_task(self._watch_files(self._stamps())))
 
     def _lessons(self, metrics: Metrics) -> Lessons:
         lessons = Lessons(self._estimator, self.ratio, metrics, self._request_log)
@@ -125,6 +125,10 @@ class Gateway:
         if config.admin_port is not None:
             self.admin_port = await self._open(
                 loop, Surface.ADMIN, config.admin_host, config.admin_port, "--admin-port"
+            )
+        if config.prometheus_port is not None:
+            self.prometheus_port = await self._open(
+                loop, Surface.METRICS, config.prometheus_host, config.prometheus_port, "--prometheus-port"
             )
         if self._workers is not None:
             server = await loop.create_unix_server(
@@ -224,14 +228,17 @@ class Gateway:
         self.members.config = config
         self.members.reconcile(Origin.CONFIG, config.instances)
 
-    async def _watch_file(self, file: str) -> None:
-        seen = stamp(file)
+    async def _watch_files(self, seen: list[object]) -> None:
+        """The configuration's file and the one of keys."""
         while True:
             await asyncio.sleep(FILE_CHECK_S)
-            now = stamp(file)
-            if now is not None and now != seen:
+            now = self._stamps()
+            if now != seen and None not in now:
                 self.reload()
                 seen = now
+
+    def _stamps(self) -> list[object]:
+        return [stamp(file) for file in (self.config.config_file, self.config.api_key_file) if file is not None]
 
     def _renew_certificates(self) -> None:
         """Those whose files changed; what does not fit changes nothing and is tried again at the next look."""
@@ -308,6 +315,7 @@ async def run(
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, on_stop)
     loop.add_signal_handler(signal.SIGHUP, gateway.reload)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # a supervisor holds it back until now
     try:
         await _first_checks(gateway)
         gc.collect()
@@ -329,6 +337,21 @@ async def _first_checks(gateway: Gateway) -> None:
         if all(i.state is not State.STARTING for i in gateway.pool.instances.values()):
             return
         await asyncio.sleep(0.02)
+
+
+def check(config: GatewayConfig) -> None:
+    """Whether a gateway could start with this configuration, as far as can be told without starting one.
+
+    Raises:
+        ConfigError: what is wrong.
+    """
+    Gateway(config)
+    config.all_keys()
+    tls = UpstreamTls(config)
+    if tls.configured:
+        _ = tls.certificates
+    if config.service_discovery != "static":
+        members_of(config)
 
 
 def _estimator(name: str) -> Any:

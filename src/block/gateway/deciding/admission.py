@@ -42,8 +42,9 @@ class Waits:
 
 def retry_lines(wait_s: float, reason: str) -> bytes:
     """When to come again, in whole seconds for all and in milliseconds for those who read it; and why not now."""
-    return b"retry-after: %d\r\nretry-after-ms: %d\r\nx-llm-d-request-dropped-reason: rejected-%b\r\n" % (
-        max(1, math.ceil(wait_s)), max(1, math.ceil(wait_s * 1e3)), reason.replace("_", "-").encode(),
+    dropped = "evicted-priority" if reason == "evicted" else f"rejected-{reason.replace('_', '-')}"
+    return b"retry-after: %d\r\nretry-after-ms: %d\r\nx-llm-d-request-dropped-reason: %b\r\n" % (
+        max(1, math.ceil(wait_s)), max(1, math.ceil(wait_s * 1e3)), dropped.encode(),
     )  # fmt: skip
 
 

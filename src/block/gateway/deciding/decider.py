@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from block.core import Candidate, Decision, InstanceId, Load, Prediction, Request
-from block.errors import BlockError
+from block.errors import BlockError, ClientError, UserError
 from block.gateway.config import GatewayConfig
 from block.gateway.deciding.blackbox import BlackBox
 from block.gateway.deciding.drift import SNAPSHOTS, Drift
@@ -26,6 +26,7 @@ from block.gateway.deciding.prefixes import Prefixes
 from block.gateway.deciding.remote import RemotePredictors
 from block.gateway.exchange import Exchange
 from block.gateway.members.pool import Instance, Pool
+from block.gateway.peers import policy_called
 from block.gateway.records.metrics import Metrics
 from block.policy.choose import decide
 from block.policy.rank import Evidence as Needs
@@ -56,6 +57,7 @@ class Decider:
         self.prefixes = Prefixes()
         self._oracle = Oracle()
         self._bare: dict[InstanceId, Candidate] = {}
+        self._strategies: dict[str, Policy] = {}
 
     @property
     def policy(self) -> Policy:
@@ -67,14 +69,26 @@ class Decider:
         self._policy = policy
         self.expectations.belief = policy.belief
 
-    @property
-    def reads_prefix(self) -> bool:
-        """Whether it matters to the policy what the instances hold of a prompt."""
-        return self._policy.rank.prefix
-
     def policy_for(self, exchange: Exchange) -> Policy:
         """What generates nothing (embeddings, tokenize) needs no prediction."""
-        return self.policy if exchange.generating else self._fewest
+        if not exchange.generating:
+            return self._fewest
+        return exchange.strategy or self._policy
+
+    def strategy(self, name: str) -> Policy:
+        """The policy that a request asks for by its name alone.
+
+        Raises:
+            ClientError: 400, there is none of that name.
+        """
+        name = policy_called(name)
+        found = self._strategies.get(name)
+        if found is None:
+            try:
+                found = self._strategies[name] = make_policy(name)
+            except UserError as error:
+                raise ClientError(400, f"That is no routing strategy. {error}", param="routing-strategy") from None
+        return found
 
     def asks_remotely(self, policy: Policy) -> bool:
         """Whether ``decide_remotely`` is to be used."""

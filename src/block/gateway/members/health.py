@@ -3,6 +3,9 @@
 An instance is suspected when every answer that it streams has been silent for ``hang_after_s``, when its own snapshots
 say that requests run and nothing moves, or when it owes an answer, is silent, and does not even answer a health check
 in that time. Suspicion withdraws new requests while there is somebody else, and ends with the first byte.
+
+A gateway that was kept from running (a machine with too much to do, a long pause) has heard nothing either: what counts is the
+time for which it listened.
 """
 
 import asyncio
@@ -21,6 +24,8 @@ from block.gateway.members.pool import Instance, Pool, State
 
 MODELS_EVERY_S: Final = 30.0
 DOWN_CHECK_S: Final = 0.5
+LATE_S: Final = 0.2
+"""Looks are a tenth of a second apart; who comes later than this was kept from running."""
 
 log = logging.getLogger("block.gateway")
 
@@ -80,10 +85,11 @@ class HealthChecks:
         """It owes an answer and is silent: is it there at all? One probe at a time."""
         if self._probing:
             return
-        self._probing = True
+        self._probing, asked_s = True, monotonic()
         try:
             problem = await self._ask_health(timeout_s)
-            if problem is not None:
+            listened = monotonic() - asked_s < timeout_s + LATE_S
+            if problem is not None and listened:
                 self._pool.set_suspect(self._instance, f"silent, and its health check {problem}")
         finally:
             self._probing = False
@@ -138,35 +144,50 @@ class HangWatch:
     ) -> None:
         self._pool, self._evidence, self._checks, self._hang_after_s = pool, evidence, checks, hang_after_s
         self._probes: set[asyncio.Task[None]] = set()
+        self._looked_s: float | None = None
+        self._deaf_until_s = 0.0
+        """What came while this process did not run may not have been read before then."""
+        self._silences: dict[InstanceId, tuple[float, float]] = {}
+        """When an instance was last heard, and for how long it has been listened to since."""
 
     def look(self, now_s: float, wall_s: float) -> None:
         """One look."""
         if not self._hang_after_s:
             return
+        gap_s = 0.0 if self._looked_s is None else now_s - self._looked_s
+        self._looked_s = now_s
+        if gap_s > LATE_S:
+            self._deaf_until_s = now_s + LATE_S
+        known, self._silences = self._silences, {}
         for instance in self._pool.instances.values():
-            if instance.state is not State.READY:
-                continue
-            silent_s = now_s - instance.last_byte_s
-            moved = silent_s < self._hang_after_s
-            stuck = self._stuck(instance, silent_s, wall_s)
-            if stuck is not None:
-                self._pool.set_suspect(instance, stuck)
-            elif instance.suspect is not None and instance.in_flight and moved:
-                self._pool.set_suspect(instance, None)  # without requests in flight, a health check says it
-            elif (
-                instance.in_flight
-                and not moved
-                and instance.suspect is None
-                and instance.streaming == 0
-                and instance.id in self._checks
-            ):
-                self._probe(instance)
+            heard_s, silent_s = known.get(instance.id, (0.0, 0.0))
+            silent_s = min(gap_s, LATE_S) + (silent_s if heard_s == instance.last_byte_s else 0.0)
+            silent_s = min(silent_s, now_s - instance.last_byte_s)
+            self._silences[instance.id] = instance.last_byte_s, silent_s
+            if instance.state is State.READY:
+                self._judge(instance, silent_s, now_s, wall_s)
 
-    def _stuck(self, instance: Instance, silent_s: float, wall_s: float) -> str | None:
+    def _judge(self, instance: Instance, silent_s: float, now_s: float, wall_s: float) -> None:
+        moved = silent_s < self._hang_after_s
+        stuck = self._stuck(instance, silent_s, now_s, wall_s)
+        if stuck is not None:
+            self._pool.set_suspect(instance, stuck)
+        elif instance.suspect is not None and instance.in_flight and moved:
+            self._pool.set_suspect(instance, None)  # without requests in flight, a health check says it
+        elif (
+            instance.in_flight
+            and not moved
+            and instance.suspect is None
+            and instance.streaming == 0
+            and instance.id in self._checks
+        ):
+            self._probe(instance)
+
+    def _stuck(self, instance: Instance, silent_s: float, now_s: float, wall_s: float) -> str | None:
         if instance.streaming and silent_s > self._hang_after_s:
             return f"its streams have been silent for {silent_s:.1f} s"
         evidence = self._evidence.get(instance.id)
-        stood_s = evidence.silence_s(wall_s) if evidence is not None else None
+        stood_s = evidence.silence_s(wall_s) if evidence is not None and now_s >= self._deaf_until_s else None
         if stood_s is not None and stood_s > max(self._hang_after_s, 1.0):
             return f"its engine has stood still for {stood_s:.1f} s"
         return None

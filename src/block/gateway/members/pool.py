@@ -6,6 +6,7 @@ sent bytes and did not: see ``health``) and *trial* (it just came back and earns
 """
 
 import ssl
+from collections.abc import Container, Mapping
 from enum import StrEnum
 from typing import Final
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from block.gateway.wire.upstream import Connections
 TRIAL_START: Final = 2
 TRIAL_DONE: Final = 64
 MINUTE: Final = 60
+MODELS_MAX: Final = 1024
 
 
 class State(StrEnum):
@@ -88,7 +90,11 @@ class Instance:
         """Requests that it may have in flight while on trial."""
         self.last_byte_s = 0.0
         """Loop time of the last byte of any answer, or of a request sent to it when it had none."""
-        self.header_lines = b"x-gateway-destination-endpoint: %b\r\n" % self.id.encode()
+        name = self.id.encode()
+        self.header_lines = b"x-gateway-destination-endpoint: %b\r\nx-gateway-destination-endpoint-served: %b\r\n" % (
+            name,
+            name,
+        )
         self.sent = LastMinute()
 
     def limit(self) -> int:
@@ -103,6 +109,7 @@ class Pool:
         self.tls = UpstreamTls(config)
         self.instances: dict[InstanceId, Instance] = {}
         self._eligible: dict[str, tuple[InstanceId, ...]] = {}
+        self._left_out: dict[str, Mapping[InstanceId, str]] = {}
         for instance in config.instances:
             self.add(instance)
 
@@ -118,59 +125,81 @@ class Pool:
             tls=self.tls.context_for(config.url),
         )
         self.instances[instance.id] = instance
-        self._eligible.clear()
+        self._changed()
         return instance
 
     def drain(self, instance: Instance) -> None:
         """No new requests; those in flight finish."""
         instance.state, instance.reason = State.DRAINING, "draining"
-        self._eligible.clear()
+        self._changed()
 
     def remove(self, instance: Instance) -> None:
         """Forget it; its idle connections close, requests in flight keep theirs."""
         self.instances.pop(instance.id, None)
         instance.state, instance.reason = State.DRAINING, "removed"
         instance.connections.close_idle()
-        self._eligible.clear()
+        self._changed()
 
     def configure(self, config: GatewayConfig) -> None:
         """New limits after a reload."""
         self._config = config
         for instance in self.instances.values():
             instance.in_flight_max = config.instance_in_flight_max
-        self._eligible.clear()
+        self._changed()
 
     # Who may get a request
 
     def eligible(self, model: str) -> tuple[InstanceId, ...]:
-        """Instances for a model (``""``: any), the most trusted kind of which there is one: ready, then suspect ones
-        and those not checked yet. Empty: none, or all at their limit (``full`` tells which)."""
+        """Instances for a model (``""``: any), the most trusted kind of which there is one: ready; those that have as many
+        requests as their trial allows; suspect ones; those not checked yet; those whose circuit is open (rather try than
+        refuse). Empty: none, or all at their limit (``full`` tells which)."""
         found = self._eligible.get(model)
         if found is None:
             found = self._find(model)
-            if len(self._eligible) < 1024:
+            if len(self._eligible) < MODELS_MAX:
                 self._eligible[model] = found
         return found
 
     def _find(self, model: str) -> tuple[InstanceId, ...]:
-        able = [
-            i
-            for i in self.instances.values()
-            if self._serves(i, model) and i.in_flight < i.limit() and not i.circuit_open_until_s
-        ]
+        served = [i for i in self.instances.values() if self._serves(i, model)]
+        sound = [i for i in served if not i.circuit_open_until_s]
+        able = [i for i in sound if i.in_flight < i.limit()]
         for kind in (
             [i for i in able if i.state is State.READY and not i.suspect],
+            [i for i in sound if i.state is State.READY and not i.suspect and i.in_flight < i.in_flight_max],
             [i for i in able if i.state is State.READY],
             [i for i in able if i.state is State.STARTING],
+            [i for i in served if i.state is State.READY and i.in_flight < i.limit()],
         ):
             if kind:
                 return tuple(i.id for i in kind)
-        broken = [
-            i
-            for i in self.instances.values()
-            if self._serves(i, model) and i.state is State.READY and i.in_flight < i.limit()
-        ]
-        return tuple(i.id for i in broken)  # every circuit is open: rather try than refuse
+        return ()
+
+    def left_out(self, model: str) -> Mapping[InstanceId, str]:
+        """Why the other instances are not eligible for a model, as of the last time that anything changed about it."""
+        found = self._left_out.get(model)
+        if found is None:
+            eligible = self.eligible(model)
+            found = {i.id: self._why_not(i, model) for i in self.instances.values() if i.id not in eligible}
+            if len(self._left_out) < MODELS_MAX:
+                self._left_out[model] = found
+        return found
+
+    def _why_not(self, instance: Instance, model: str) -> str:
+        if not self._serves(instance, model):
+            return "it does not serve the model"
+        if instance.state is not State.READY:
+            return f"{instance.state}: {instance.reason}"
+        if instance.suspect:
+            return f"suspect: {instance.suspect}"
+        if instance.circuit_open_until_s:
+            return instance.reason
+        return f"it has {instance.in_flight} of {instance.limit()} requests that it may have"
+
+    def _changed(self) -> None:
+        """Who is eligible has to be found out again."""
+        self._eligible.clear()
+        self._left_out.clear()
 
     @staticmethod
     def _serves(instance: Instance, model: str) -> bool:
@@ -180,9 +209,12 @@ class Pool:
         """Whether some instance serves the model, or may (its list is not known)."""
         return not model or any(self._serves(i, model) for i in self.instances.values())
 
-    def full(self, model: str) -> bool:
-        """There are ready instances for the model, all at their limit."""
-        return any(i.state is State.READY and self._serves(i, model) for i in self.instances.values())
+    def full(self, model: str, only: Container[InstanceId] | None = None) -> bool:
+        """There are ready instances for the model (among ``only``), all at their limit."""
+        return any(
+            i.state is State.READY and self._serves(i, model) and (only is None or i.id in only)
+            for i in self.instances.values()
+        )
 
     def ready(self) -> list[Instance]:
         """Ready and not suspect."""
@@ -204,12 +236,12 @@ class Pool:
         instance.in_flight_tokens += tokens
         instance.sent.note(now_s)
         if instance.in_flight >= instance.limit():
-            self._eligible.clear()
+            self._changed()
 
     def ended(self, instance: Instance, tokens: int) -> None:
         """A request is over on it, whatever its end."""
         if instance.in_flight >= instance.limit():
-            self._eligible.clear()
+            self._changed()
         instance.in_flight -= 1
         instance.in_flight_tokens -= tokens
 
@@ -218,17 +250,17 @@ class Pool:
         instance.failures_in_row = 0
         if instance.trial is not None:
             instance.trial = instance.trial * 2 if instance.trial < TRIAL_DONE else None
-            self._eligible.clear()
+            self._changed()
 
     def failed(self, instance: Instance, reason: str, now_s: float, *, refused: bool) -> None:
         """It failed a request. ``refused``: there was no connection, which takes it out until a check succeeds."""
         instance.failures_in_row += 1
         if refused:
             self.down(instance, reason)
-        elif instance.failures_in_row >= self._config.cb_failure_threshold:
+        elif 0 < self._config.cb_failure_threshold <= instance.failures_in_row:
             instance.circuit_open_until_s = now_s + self._config.cb_open_s
             instance.reason = f"circuit open: {reason}"
-            self._eligible.clear()
+            self._changed()
 
     # What checks say about health
 
@@ -243,7 +275,7 @@ class Pool:
         instance.state, instance.reason, instance.failures_in_row = State.READY, "ready", 0
         instance.circuit_open_until_s = 0.0
         instance.trial = TRIAL_START if returned else None
-        self._eligible.clear()
+        self._changed()
 
     def down(self, instance: Instance, reason: str) -> None:
         """It is out until a health check succeeds."""
@@ -251,7 +283,7 @@ class Pool:
             return
         instance.state, instance.reason, instance.suspect = State.DOWN, reason, None
         instance.connections.close_idle()
-        self._eligible.clear()
+        self._changed()
 
     def check_failed(self, instance: Instance, reason: str) -> None:
         """A health check failed; several in a row take it out (a busy one may miss one), the first if it never was up."""
@@ -262,7 +294,7 @@ class Pool:
     def set_models(self, instance: Instance, models: dict[str, bytes] | None) -> None:
         if models != instance.models:
             instance.models = models
-            self._eligible.clear()
+            self._changed()
 
     def set_suspect(self, instance: Instance, reason: str | None) -> None:
         """New requests go elsewhere while there is an elsewhere. ``None``: it moves again, and comes back on trial."""
@@ -270,7 +302,7 @@ class Pool:
             if reason is None and instance.trial is None:
                 instance.trial = instance.in_flight + TRIAL_START
             instance.suspect = reason
-            self._eligible.clear()
+            self._changed()
 
     def close_circuits(self, now_s: float) -> None:
         """Circuits whose time is over: back on trial."""
@@ -278,7 +310,7 @@ class Pool:
             if instance.circuit_open_until_s and instance.circuit_open_until_s <= now_s:
                 instance.circuit_open_until_s, instance.failures_in_row = 0.0, 0
                 instance.trial, instance.reason = TRIAL_START, "ready"
-                self._eligible.clear()
+                self._changed()
 
     def close(self) -> None:
         for instance in self.instances.values():

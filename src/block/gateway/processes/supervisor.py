@@ -46,13 +46,17 @@ class Place(NamedTuple):
     directory: Path
     port: int
     admin_port: int | None
+    prometheus_port: int | None
     ready: int
     parent: int
 
     def config(self, config: GatewayConfig) -> GatewayConfig:
         """The configuration as it is for this worker: the ports that were reserved, a request log of its own."""
         log_requests = config.log_requests and f"{config.log_requests}.{self.number}"
-        return structs.replace(config, port=self.port, admin_port=self.admin_port, log_requests=log_requests)
+        return structs.replace(
+            config, port=self.port, admin_port=self.admin_port, prometheus_port=self.prometheus_port,
+            log_requests=log_requests,
+        )  # fmt: skip
 
     def say_ready(self, instances: int) -> None:
         """It listens, with so many instances ready."""
@@ -70,26 +74,34 @@ class _Worker:
 
 
 class Supervisor:
-    """``run`` blocks until all workers have ended. ``serve`` is a worker's life; it runs in the child and returns its exit code."""
+    """``run`` blocks until all workers have ended. ``serve`` is a worker's life; it runs in the child and returns its exit code.
+
+    ``refresh`` is called before a worker starts and on SIGHUP: a worker that is started again shall have the configuration that
+    the others have by then.
+    """
 
     def __init__(
-        self, count: int, host: str, port: int, admin: tuple[str, int] | None, serve: Callable[[Place], int],
-        *, grace_s: float,
+        self, config: GatewayConfig, serve: Callable[[Place], int], refresh: Callable[[], None]
     ) -> None:  # fmt: skip
-        self._serve, self._grace_s = serve, grace_s
-        self._sockets = [reserved(host, port)]
-        self.port = int(self._sockets[0].getsockname()[1])
-        self.admin_port: int | None = None
-        if admin is not None:
-            self._sockets.append(reserved(*admin))
-            self.admin_port = int(self._sockets[1].getsockname()[1])
-        self._workers = [_Worker(index) for index in range(count)]
+        self._serve, self._refresh, self._grace_s = serve, refresh, config.shutdown_grace_period_s
+        self._sockets: list[socket.socket] = []
+        self.port = self._reserve(config.host, config.port, "--port")
+        self.admin_port = self.prometheus_port = None
+        if config.admin_port is not None:
+            self.admin_port = self._reserve(config.admin_host, config.admin_port, "--admin-port")
+        if config.prometheus_port is not None:
+            self.prometheus_port = self._reserve(config.prometheus_host, config.prometheus_port, "--prometheus-port")
+        self._workers = [_Worker(index) for index in range(config.workers)]
         self._directory = Path(tempfile.mkdtemp(prefix="block-serve-"))
         self._ready = os.pipe()
         self._life = os.pipe()
         self._wake = os.pipe()
         self._signals: list[int] = []
         self._stopping_s: float | None = None
+
+    def _reserve(self, host: str, port: int, flag: str) -> int:
+        self._sockets.append(reserved(host, port, flag))
+        return int(self._sockets[-1].getsockname()[1])
 
     def run(self, started: Callable[[int], None]) -> int:
         """Until told to stop; the exit code. ``started`` is called once, with the instances that the first worker found ready."""
@@ -164,6 +176,8 @@ class Supervisor:
     def _hand_on(self) -> None:
         while self._signals:
             number = self._signals.pop(0)
+            if number == signal.SIGHUP:
+                self._refresh()
             if number != signal.SIGHUP and self._stopping_s is None:
                 self._stopping_s = monotonic()
             self._signal(number)
@@ -197,8 +211,11 @@ class Supervisor:
     def _spawn(self, worker: _Worker) -> None:
         worker.due_s, worker.since_s = None, monotonic()
         (self._directory / f"{worker.index}.sock").unlink(missing_ok=True)
+        self._refresh()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # until the worker can listen to it
         pid = os.fork()
         if pid:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
             worker.pid = pid
             return
         code = 1
@@ -216,7 +233,11 @@ class Supervisor:
             os.close(end)
         for each in self._sockets:
             each.close()
-        return self._serve(Place(index, self._directory, self.port, self.admin_port, self._ready[1], self._life[0]))
+        return self._serve(
+            Place(
+                index, self._directory, self.port, self.admin_port, self.prometheus_port, self._ready[1], self._life[0]
+            )
+        )
 
     def _end(self) -> None:
         signal.set_wakeup_fd(-1)
@@ -229,7 +250,7 @@ class Supervisor:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def reserved(host: str, port: int) -> socket.socket:
+def reserved(host: str, port: int, flag: str = "--port") -> socket.socket:
     """A socket that keeps the port for this user's workers and does not listen itself.
 
     Raises:
@@ -247,6 +268,6 @@ def reserved(host: str, port: int) -> socket.socket:
         kept.bind(address)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"Port {port} on {host} is in use: choose another with --port.") from error
+            raise ConfigError(f"Port {port} on {host} is in use: choose another with {flag}.") from error
         raise ConfigError(f"Cannot listen on {host}:{port}: {error.strerror or error}.") from error
     return kept

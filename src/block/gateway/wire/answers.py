@@ -66,7 +66,6 @@ class AnswerReader:
     """
 
     __slots__ = (
-        "_bodiless",
         "_buffer",
         "_complete",
         "_fields",
@@ -75,12 +74,15 @@ class AnswerReader:
         "_parser",
         "_remaining",
         "aligned",
+        "bodiless",
         "head",
     )
 
     HEAD_BYTES_MAX: Final = 65536
 
     def __init__(self) -> None:
+        self.bodiless = False
+        """It answers HEAD: whatever its head says of a body, none follows."""
         self._begin()
 
     def _begin(self) -> None:
@@ -119,12 +121,13 @@ class AnswerReader:
         coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
         if coding is not None and coding.strip().lower() != b"chunked":
             raise ValueError(f"transfer coding {coding.decode('latin-1')!r}")
-        if status in (204, 304):
+        if status in (204, 304) or self.bodiless:
             self._remaining = 0
         elif length is not None:
             self._remaining = int(length)
         keep_alive = self._parser.should_keep_alive() if coding is not None or self._remaining is not None else False
-        self.head = AnswerHead(status, fields, self._lines, self._remaining, coding is not None, keep_alive)
+        chunked = coding is not None and self._remaining is None
+        self.head = AnswerHead(status, fields, self._lines, self._remaining, chunked, keep_alive)
 
     @property
     def chunked(self) -> bool:

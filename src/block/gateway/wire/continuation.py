@@ -42,6 +42,8 @@ ASKED: Final[Mapping[str, frozenset[str]]] = {
     "tools": _OFF, "response_format": frozenset({"null", '{"type":"text"}', '{"type": "text"}'}), "store": _OFF, "metadata": _ANY,
 }  # fmt: skip
 """Fields of a request whose answer can be continued, and the values they may have (any, or as if not given)."""
+LIMITS: Final = frozenset({"max_tokens", "min_tokens", "max_completion_tokens"})
+"""Numbers that are counted down; where they are written oddly (as a string) nothing is continued."""
 _PROMPT_FIELDS: Final[Mapping[bytes, frozenset[str]]] = {
     COMPLETIONS: frozenset({"prompt", "add_special_tokens"}),
     CHAT: frozenset(
@@ -347,6 +349,8 @@ def tape_of(target: bytes, body: bytes, request: Request) -> Tape | None:
         return None
     fields = _decode_fields(body)
     for name, raw in fields.items():
+        if name in LIMITS and not (bytes(raw).isdigit() or bytes(raw) == b"null"):
+            return None
         if name in of_prompt:
             continue
         allowed = ASKED.get(name)

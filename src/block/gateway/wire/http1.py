@@ -2,11 +2,12 @@
 
 llhttp (through httptools) refuses what request smuggling lives on: content-length beside transfer-encoding, duplicate
 or odd lengths, bare LF or CR, folded headers, spaces before the colon. On top of that this module refuses codings
-other than plain ``chunked``, missing or double ``Host``, targets that are not paths, upgrades, and everything beyond
-the limits. Request bodies are read whole (the policy needs the prompt, a retry needs the body) and leave with a
+other than plain ``chunked``, missing or double ``Host``, targets that are neither a path nor a whole URL, upgrades, and everything
+beyond the limits. Request bodies are read whole (the policy needs the prompt, a retry needs the body) and leave with a
 content-length.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Final
@@ -22,6 +23,7 @@ HOP_BY_HOP: Final = frozenset(
 """Request headers that end here: those of one hop, and those that are written anew."""
 
 PIPELINED_MAX: Final = 32
+_ABSOLUTE: Final = re.compile(rb"https?://[^/?#@]+((?:[/?].*)?)", re.IGNORECASE)
 REASONS: Final[Mapping[int, bytes]] = {status.value: status.phrase.encode() for status in HTTPStatus}
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK: Final = b"0\r\n\r\n"
@@ -147,8 +149,8 @@ class RequestReader:
             self._fail(505, "This gateway speaks HTTP/1.1 and HTTP/1.0.")
         if message.version == "1.1" and b"host" not in fields:
             self._fail(400, "The Host header is missing.")
-        if not message.target.startswith(b"/") and message.target != b"*":
-            self._fail(400, "The request target must be a path.")
+        if not message.target.startswith(b"/"):
+            message.target = self._path_of(message)
         coding = fields.get(b"transfer-encoding")
         if coding is not None and (coding.strip().lower() != b"chunked" or message.version == "1.0"):
             self._fail(501, "The only transfer coding that is taken is chunked.")
@@ -180,6 +182,15 @@ class RequestReader:
         if self._since_feed > PIPELINED_MAX:
             self._fail(400, f"More than {PIPELINED_MAX} requests were sent without waiting for an answer.")
         self._on_request(message)
+
+    def _path_of(self, message: HttpRequest) -> bytes:
+        """The path of an absolute target (RFC 9112, 3.2.2), whose authority counts as little as ``Host`` does; or ``*``."""
+        absolute = _ABSOLUTE.fullmatch(message.target)
+        if absolute is not None:
+            return absolute[1] if absolute[1].startswith(b"/") else b"/" + absolute[1]
+        if message.target != b"*" or message.method != b"OPTIONS":
+            self._fail(400, "The request target must be a path.")
+        return message.target
 
     def _count_head(self, size: int) -> None:
         self._head_bytes += size
@@ -234,3 +245,20 @@ def whole_answer(status: int, body: bytes, content_type: bytes, extra: bytes = b
 def chunk(body: bytes) -> bytes:
     """One chunk of a chunked body."""
     return b"%x\r\n%b\r\n" % (len(body), body)
+
+
+class Unchunked:
+    """For a client of HTTP/1.0: called with the bytes of a chunked answer, writes what is in the chunks."""
+
+    __slots__ = ("_parser", "_write")
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._write = write
+        self._parser = httptools.HttpResponseParser(self)
+        self._parser.feed_data(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+
+    def __call__(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_body(self, body: bytes) -> None:
+        self._write(body)

@@ -41,6 +41,7 @@ class Body(msgspec.Struct):
     ignore_eos: bool | None = False
     priority: int | None = None
     user: msgspec.Raw = _NOTHING
+    previous_response_id: str | None = None
 
     @property
     def output_limit(self) -> int | None:
@@ -64,7 +65,8 @@ class Body(msgspec.Struct):
         return b"" if user in (b"null", b'""') else user
 
 
-_decoder: Final = msgspec.json.Decoder(Body)
+_decoder: Final = msgspec.json.Decoder(Body, strict=False)
+"""Takes ``"16"`` and ``16.0`` for 16, as engines do (pydantic): what they would answer must not be refused here."""
 
 
 def read_body(body: bytes) -> Body:

@@ -44,6 +44,7 @@ def document() -> bytes:
     paths["/v1/decisions/{id}"] = {
         "get": _getting("Why a request went where it went", parameter="id", missing="not kept, or never made")
     }
+    paths["/v1/decisions"] = {"post": _generating("Where a request would go now; nothing is sent", {"prompt": {}})}
     for path, what in (("/health", "The process is there"), ("/live", "The same"), ("/metrics", "Prometheus")):
         paths[path] = {"get": _getting(what, plain=True)}
     paths["/ready"] = {

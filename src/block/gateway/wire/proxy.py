@@ -7,7 +7,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, cast
 
 from block.errors import ClientError
-from block.gateway.wire.http1 import CONTINUE, HttpRequest, ProtocolError, RequestReader, whole_answer
+from block.gateway.wire.cors import Cors
+from block.gateway.wire.http1 import CONTINUE, HttpRequest, ProtocolError, RequestReader, answer_head, whole_answer
 from block.gateway.wire.openai import error_object
 from block.gateway.wire.upstream import set_nodelay
 
@@ -19,10 +20,11 @@ JSON = b"application/json"
 
 
 class Surface(Enum):
-    """Which door a client came through: the one for everybody, the admin port, or the socket between workers."""
+    """Which door a client came through: the one for everybody, the admin port, the metrics' port, or the socket between workers."""
 
     PUBLIC = "public"
     ADMIN = "admin"
+    METRICS = "metrics"
     WORKER = "worker"
 
 
@@ -106,14 +108,28 @@ class ClientConnection(asyncio.Protocol):
 
     # Answers
 
+    @property
+    def cors(self) -> Cors:
+        """What pages of other origins may."""
+        return self._app.cors
+
     def answer(self, status: int, body: bytes, content_type: bytes = JSON, extra: bytes = b"") -> None:
         """A whole answer to the current request."""
         assert self.http is not None
+        if self._app.cors:
+            extra += self._app.cors.lines(self.http)
         keep_alive = self.http.keep_alive and not self._app.dispatcher.draining
         data = whole_answer(status, body, content_type, extra, keep_alive=keep_alive)
         if self.http.method == b"HEAD":
             data = data[: len(data) - len(body)]
         self.transport.write(data)
+        self.exchange_ended(keep_alive=keep_alive)
+
+    def answer_nothing(self, extra: bytes) -> None:
+        """204: there is nothing to say but ``extra`` header lines."""
+        assert self.http is not None
+        keep_alive = self.http.keep_alive and not self._app.dispatcher.draining
+        self.transport.write(answer_head(204, extra if keep_alive else extra + b"connection: close\r\n"))
         self.exchange_ended(keep_alive=keep_alive)
 
     def awaits(self, http: HttpRequest) -> bool:

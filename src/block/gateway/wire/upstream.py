@@ -63,6 +63,7 @@ class UpstreamConnection(asyncio.Protocol):
     def send(self, receiver: Receiver, head: bytes, body: bytes) -> None:
         """Send one request; its answer goes to ``receiver``."""
         self._receiver, self._reader, self.answered, self.aligned = receiver, AnswerReader(), False, True
+        self._reader.bodiless = head.startswith(b"HEAD ")
         self._between = False
         self.transport.write(head + body if len(body) < 65536 else head)
         if len(body) >= 65536:
