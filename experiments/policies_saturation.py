@@ -2,9 +2,9 @@
 
     python experiments/policies_saturation.py [--seeds 3-7] [--over 1.2]
 
-Settings and lengths as in policies_capacity.py. Offered is ``over`` times the best capacity known; counted are the answers that end
-between a minute after the start and the last arrival, by when the number in flight stands at its limit. Also the same hardware as one
-engine, first come and smallest first (`block.simulate.bound`). Writes results/policies-saturation.csv.
+Settings and lengths as in policies_capacity.py. Offered is ``over`` times the best capacity known; counted are the answers that
+end between a minute after the start and the last arrival, by when as many are in flight as fit. Also the same hardware as
+one engine, first come and smallest first (`block.simulate.bound`). Writes results/policies-saturation.csv.
 """
 
 import argparse
