@@ -11,6 +11,7 @@ TTFT P99 <= 3 s; in mooncake 8 s, for its longest prompts alone take 5 s. Writes
 import argparse
 import csv
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -28,12 +29,13 @@ POLICIES = [
     "learned", "block-paper", "block",
 ]  # fmt: skip
 AFFINE = ["prefix-affinity", "consistent-hash"]
-POOLED, PACKED = "(pooled, first come)", "(pooled, smallest first)"
+POOLED, PACKED = "(pooled)", "(packed)"
+"""The hardware as one engine: first come; and with true lengths, the smallest first (`block.simulate.bound`)."""
 START = {"default": 30.5, "batch-24": 26.5, "heterogeneous": 22.5, "mooncake": 10.0}
 """Where the search begins, requests/s."""
 NEAR = {
     ("default", "block"): 31.0, ("default", "llumnix-minus"): 30.0, ("default", "least-outstanding"): 28.0,
-    ("default", POOLED): 31.1, ("batch-24", "llumnix-minus"): 23.2, ("batch-24", "infaas++"): 23.2,
+    ("default", POOLED): 31.1, ("default", PACKED): 32.3, ("batch-24", "llumnix-minus"): 23.2, ("batch-24", "infaas++"): 23.2,
     ("batch-24", "least-outstanding"): 26.1, ("batch-24", "block"): 27.0, ("batch-24", "block-paper"): 27.0,
     ("heterogeneous", "llumnix-minus"): 22.3, ("heterogeneous", "infaas++"): 20.6, ("heterogeneous", "block-paper"): 18.0,
     ("heterogeneous", "least-outstanding"): 18.5, ("heterogeneous", "token-load"): 20.1, ("heterogeneous", "block"): 23.5,
@@ -63,8 +65,8 @@ def of_policy(config: SimulationConfig, policy: str) -> SimulationConfig:
     return packed(config) if policy == PACKED else varied(config, policy=policy)
 
 
-def measure(name: str, policies: list[str], seeds: list[int], run_all: RunAll, file: csv.DictWriter) -> None:  # type: ignore[type-arg]
-    """One row a policy; the best baseline is known at the end."""
+def measure(name: str, policies: list[str], seeds: list[int], run_all: RunAll) -> Iterator[dict[str, str]]:
+    """One row a policy."""
     config = setting(name)
     criterion = parse_criterion("ttft_p99<=8" if name == "mooncake" else "ttft_p99<=3")
     bound = work_bound_rps(config, offer(config.workload, seeds[0])) if name != "mooncake" else None
@@ -84,45 +86,41 @@ def measure(name: str, policies: list[str], seeds: list[int], run_all: RunAll, f
             "seeds": " ".join(map(str, seeds)), "per_seed": " ".join(f"{rps:.3f}" for rps in found.per_seed),
             "of_work_bound": "" if bound is None else f"{found.capacity_rps / bound:.3f}",
         }  # fmt: skip
-        file.writerow(row)
         print("  ".join(row.values()), flush=True)
+        yield row
+
+
+def kept(path: Path, policies: list[str] | None) -> list[dict[str, str]]:
+    """Rows of an existing table that are not measured again."""
+    if policies is None or not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["policy"] not in policies]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="+", choices=list(START))
     parser.add_argument("--seeds", default="3-7")
-    parser.add_argument("--policies")
+    parser.add_argument("--policies", help="measure these again and keep the other rows of the table")
     parser.add_argument("--jobs", type=int)
-    parser.add_argument("--append", action="store_true", help="add rows to what is there")
     arguments = parser.parse_args()
     first, _, last = arguments.seeds.partition("-")
     seeds = list(range(int(first), int(last or first) + 1))
-    names = [
-        "setting",
-        "criterion",
-        "policy",
-        "capacity_rps",
-        "ci_low",
-        "ci_high",
-        "seeds",
-        "per_seed",
-        "of_work_bound",
-    ]
+    again = arguments.policies.split(",") if arguments.policies else None
     (HERE / "results").mkdir(exist_ok=True)
-    for name in arguments.settings:
-        references = [] if name in ("heterogeneous", "mooncake") else [POOLED, PACKED]
-        policies = arguments.policies.split(",") if arguments.policies else None
-        policies = policies or [*POLICIES, *(AFFINE if name == "mooncake" else []), *references]
-        path = HERE / "results" / f"policies-{name}.csv"
-        with (
-            path.open("a" if arguments.append else "w", newline="", buffering=1) as out,
-            runner(arguments.jobs) as run_all,
-        ):
-            file = csv.DictWriter(out, names)
-            if not arguments.append:
-                file.writeheader()
-            measure(name, policies, seeds, run_all, file)
+    with runner(arguments.jobs) as run_all:
+        for name in arguments.settings:
+            references = [] if name in ("heterogeneous", "mooncake") else [POOLED, PACKED]
+            policies = again or [*POLICIES, *(AFFINE if name == "mooncake" else []), *references]
+            path = HERE / "results" / f"policies-{name}.csv"
+            rows = kept(path, again)
+            for row in measure(name, policies, seeds, run_all):
+                rows.append(row)
+                with path.open("w", newline="", encoding="utf-8") as out:
+                    file = csv.DictWriter(out, list(row))
+                    file.writeheader()
+                    file.writerows(rows)
 
 
 if __name__ == "__main__":

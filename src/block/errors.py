@@ -32,6 +32,10 @@ class UnknownNameError(UserError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         super().__init__(f"There is no {kind} named {name!r}. Known: {', '.join(sorted(known))}.")
+        self._given = (kind, name, sorted(known))
+
+    def __reduce__(self) -> tuple[type["UnknownNameError"], tuple[str, str, list[str]]]:
+        return type(self), self._given  # an exception's own way would give the message for all three
 
 
 class BadInputError(UserError):

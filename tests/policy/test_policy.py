@@ -195,7 +195,7 @@ def test_an_unknown_policy_is_answered_with_the_known_ones() -> None:
         ("block-k:k=two", "block-k:option=number"),
         ("block-k:k=2.5", "must be a number like 2"),
         ("block-harm:weight=-1", "must not be negative"),
-        ("block:late_weight=-1", "must not be negative"),
+        ("block:ttft_weight=-1", "must not be negative"),
         ("block:belief=1.5", "between 0 and 1"),
     ],
 )

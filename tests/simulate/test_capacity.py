@@ -1,6 +1,7 @@
 """The capacity search and the commands over the simulator."""
 
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from block.cli import capacity as capacity_cli
 from block.cli import compare as compare_cli
 from block.cli import simulate as simulate_cli
 from block.core import Slo
-from block.errors import BadInputError, ConfigError, UserError
+from block.errors import BadInputError, ConfigError, UnknownNameError, UserError
 from block.metrics import read_rows
 from block.metrics.summary import Summary, summarize
-from block.simulate import SimulationConfig, load_config
+from block.simulate import SimulationConfig, load_config, simulate
 from block.simulate.capacity import bootstrap_interval, find_capacity, parse_criterion
+from block.simulate.config import LengthModel
 from block.simulate.sweep import runner, varied
 from block.workload import WorkloadConfig
 
@@ -76,7 +78,10 @@ def test_losing_requests_is_not_capacity() -> None:
         find_capacity(SimulationConfig(), parse_criterion("ttft_p99<=3"), [1], losing)
 
 
-@pytest.mark.parametrize("text", ["ttft<=3", "ttft_p98<=3", "ttft_p99>=3", "attainment<=1", "ttft_p99<=0", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["ttft<=3", "ttft_p98<=3", "ttft_p99>=3", "attainment<=1", "ttft_p99<=0", "attainment>=2", "1..2", ""],
+)
 def test_a_criterion_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="Write a criterion as"):
         parse_criterion(text)
@@ -112,6 +117,14 @@ def test_the_shipped_paper_setting_is_what_the_paper_states() -> None:
         (SMALL.replace("count = 2", "count = 2\nlimits = {block_size = 0}"), "block_size must be at least 1"),
         (SMALL + "[[failures]]\ninstance = 7\nat_s = 1\nfor_s = 1\n", "no instance 7"),
         ("instances = []\n", "at least one"),
+        ("seed = -1\n" + SMALL, "must not be negative"),
+        (SMALL.replace("requests = 60", "requests = -5"), "at least 1 request"),
+        (SMALL.replace("requests = 60", "requests = 1000000000000"), "at most 10,000,000"),
+        (SMALL.replace("rate_rps = 4.0", "rate_rps = inf"), "above 0 requests/s"),
+        (SMALL.replace("requests = 60", "requests = 60\nmax_tokens = 0"), "max_tokens must be at least 1"),
+        (SMALL.replace("requests = 60", "requests = 60\ntotal_tokens_max = 1"), "must be at least 2"),
+        (SMALL.replace("count = 2", "count = 1000000000"), "instances at most"),
+        (SMALL + "[gateways]\nsnapshot_interval_s = 1e-9\n", "at least 0.001"),
     ],
 )
 def test_a_wrong_configuration_is_one_clear_sentence(tmp_path: Path, change: str, said: str) -> None:
@@ -187,13 +200,37 @@ def test_compare_prints_every_policy_at_every_rate(small: Path) -> None:
     assert "small, 2 seeds" in table.stdout
 
 
-@pytest.mark.parametrize("rates", ["fast", "3:1:1", "1:2", "0,1", "1:2:0"])
+@pytest.mark.parametrize("rates", ["fast", "3:1:1", "1:2", "0,1", "1:2:0", "1:2:nan", "1:1e9:0.001"])
 def test_rates_that_are_none_are_refused(small: Path, rates: str) -> None:
     result = CliRunner().invoke(compare_cli.command, ["--config", str(small), "--policy", "block", "--rates", rates])
     assert isinstance(result.exception, ConfigError)
 
 
-def test_a_policy_that_does_not_exist_is_refused_by_name(small: Path) -> None:
-    result = CliRunner().invoke(simulate_cli.command, [str(small), "--policy", "best"])
+@pytest.mark.parametrize("command", ["simulate", "capacity", "compare"])
+def test_a_policy_that_does_not_exist_is_refused_by_name(small: Path, command: str) -> None:
+    given = {
+        "simulate": (simulate_cli.command, [str(small)]),
+        "capacity": (capacity_cli.command, ["--config", str(small), "--jobs", "2"]),
+        "compare": (compare_cli.command, ["--config", str(small), "--rates", "4"]),
+    }
+    program, arguments = given[command]
+    result = CliRunner().invoke(program, [*arguments, "--policy", "best"])
     assert isinstance(result.exception, UserError)
     assert "round-robin" in str(result.exception)
+
+
+def test_an_error_made_in_another_process_says_the_same_here() -> None:
+    made = UnknownNameError("policy", "best", ["block", "random"])
+    assert str(pickle.loads(pickle.dumps(made))) == str(made)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1.0, float("nan"), 2.0])
+def test_a_tolerance_that_no_search_can_reach_is_refused(tolerance: float) -> None:
+    with pytest.raises(ConfigError, match="tolerance"):
+        find_capacity(SimulationConfig(), parse_criterion("ttft_p99<=3"), [1], lambda _: [], tolerance=tolerance)
+
+
+@pytest.mark.parametrize(("options", "said"), [({"noise": -1.0}, "negative"), ({"colour": 1}, "no option 'colour'")])
+def test_what_an_oracle_cannot_be_is_one_clear_sentence(options: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        simulate(SimulationConfig(lengths=LengthModel(options=options)))

@@ -51,12 +51,15 @@ def command(
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
+    from block.policy import policy_from
     from block.simulate import load_config
     from block.simulate.bound import pooled as pooled_cluster
     from block.simulate.capacity import find_capacity, parse_criterion
     from block.simulate.sweep import runner, varied
 
     wanted, base = parse_criterion(criterion), load_config(config)
+    for policy in policies:
+        policy_from(policy)
     numbers = list(range(base.seed, base.seed + seeds))
     columns = (TextColumn("{task.description}: {task.completed} runs"), TimeElapsedColumn())
     found = []

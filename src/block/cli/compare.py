@@ -77,13 +77,16 @@ def command(
         stdout().print(_table(cells, base.name or config.name, seeds))
 
 
+RATES_MAX = 1000
+
+
 def _rates(text: str) -> list[float]:
     from block.errors import ConfigError
 
     try:
         if ":" in text:
             low, high, step = (float(part) for part in text.split(":"))
-            if step <= 0 or high < low:
+            if not step > 0 or not 0 <= high - low <= RATES_MAX * step:
                 raise ValueError(text)
             return [low + i * step for i in range(int((high - low) / step + 1e-9) + 1)]
         found = [float(part) for part in text.split(",")]

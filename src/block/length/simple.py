@@ -219,6 +219,8 @@ class OracleEstimator(Estimator):
         told_max: int = PENDING_MAX,
     ) -> None:  # fmt: skip
         super().__init__()
+        if not 0 <= noise < math.inf:
+            raise ValueError("noise must not be negative")
         self._lengths = lengths or {}
         self._told: OrderedDict[str, int] = OrderedDict()
         self._told_max = told_max

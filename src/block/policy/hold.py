@@ -23,8 +23,7 @@ class Hold(NamedTuple):
     matter. ``ahead``: how many held requests may be tried behind one that does not go yet (0: strictly first come);
     ``tick_s``: how often they are tried; ``queue_max``: beyond that many held, requests are sent at once. ``by_size``: the
     smallest first, until one has waited ``patience_s`` (or half of its own TTFT target): those go before all
-    others, in the order in which they came. ``worth_s``: a request predicted to be over sooner is not held: a freed slot
-    stays empty until the next tick, which costs those that turn over fast more than a better choice gains them.
+    others, in the order in which they came.
     """
 
     delay_s: float | None = 0.1
@@ -35,13 +34,12 @@ class Hold(NamedTuple):
     queue_max: int = 1024
     by_size: bool = False
     patience_s: float = 1.0
-    worth_s: float = 0.0
 
 
 def holds(hold: Hold, decision: Decision, held_s: float) -> bool:
     """Whether to keep the request after all; ``held_s`` is how long it has been kept already."""
     prediction = prediction_of(decision)
-    if prediction is None or held_s >= hold.most_s or prediction.e2e_s < hold.worth_s:
+    if prediction is None or held_s >= hold.most_s:
         return False
     if hold.delay_s is not None and prediction.queue_delay_s > hold.delay_s:
         return True

@@ -186,35 +186,30 @@ class PredictedE2eAndPreemptions(Rank):
 
 
 class PredictedE2eGuarded(Rank):
-    """Predicted E2E, with a price on what spoils a cluster near saturation.
+    """Predicted E2E, with a price on what others pay for it.
 
-    ``late_weight`` seconds for each second of predicted TTFT beyond ``ttft_s`` (alone, E2E crowds fast instances),
-    ``preemption_s`` for each preemption foreseen (recomputation is lost throughput), and ``blocked_s`` where the request
-    could not start within ``blocked_after_s`` or would push another out: a slow instance with room comes before a fast one without.
+    ``ttft_weight`` seconds for each second of predicted TTFT: who waits in a fast instance's queue while a slow one idles gains
+    less than those behind it lose, and E2E alone crowds fast instances (selfish routing). ``preemption_s`` for each preemption
+    foreseen (recomputation is lost throughput), and ``blocked_s`` where the request could not start within ``blocked_after_s`` or
+    would push another out: a slow instance with room comes before a fast one without.
     """
 
     needs: ClassVar = Evidence.PREDICTION
     prefix: ClassVar = True
 
     def __init__(
-        self,
-        ttft_s: float,
-        late_weight: float,
-        preemption_s: float,
-        blocked_s: float = 0.0,
-        blocked_after_s: float = 0.0,
+        self, ttft_weight: float, preemption_s: float, blocked_s: float = 0.0, blocked_after_s: float = 0.0
     ) -> None:
-        if min(ttft_s, late_weight, preemption_s, blocked_s, blocked_after_s) < 0:
-            raise ConfigError("ttft_s, late_weight, preemption_s, blocked_s and blocked_after_s must not be negative.")
-        self.ttft_s, self.late_weight, self.preemption_s = ttft_s, late_weight, preemption_s
+        if min(ttft_weight, preemption_s, blocked_s, blocked_after_s) < 0:
+            raise ConfigError("ttft_weight, preemption_s, blocked_s and blocked_after_s must not be negative.")
+        self.ttft_weight, self.preemption_s = ttft_weight, preemption_s
         self.blocked_s, self.blocked_after_s = blocked_s, blocked_after_s
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         prediction = candidate.prediction
         if prediction is None:
             return None
-        late_s = max(0.0, prediction.ttft_s - self.ttft_s)
-        cost = prediction.e2e_s + self.late_weight * late_s + self.preemption_s * prediction.preemptions
+        cost = prediction.e2e_s + self.ttft_weight * prediction.ttft_s + self.preemption_s * prediction.preemptions
         blocked = prediction.preemptions > 0 or prediction.queue_delay_s > self.blocked_after_s
         return cost + self.blocked_s if blocked else cost
 

@@ -57,13 +57,13 @@ def _block_harm(weight: float = 1.0) -> Policy:
 
 
 def _block(
-    belief: float = 0.4, ttft_s: float = 0.5, late_weight: float = 5.0, preemption_s: float = 1.0,
+    belief: float = 0.4, ttft_weight: float = 5.0, preemption_s: float = 1.0,
     delay_s: float = 0.05, most_s: float = 10.0, ahead: int = 8, by_size: int = 0, patience_s: float = 1.0,
-    blocked_s: float = 60.0, blocked_after_s: float = 1.0, worth_s: float = 2.0,
+    blocked_s: float = 60.0, blocked_after_s: float = 1.0,
 ) -> Policy:  # fmt: skip
     if not 0 < belief < 1:
         raise ConfigError(f"belief must be between 0 and 1, not {belief}.")
-    rank = ranks.PredictedE2eGuarded(ttft_s, late_weight, preemption_s, blocked_s, blocked_after_s)
+    rank = ranks.PredictedE2eGuarded(ttft_weight, preemption_s, blocked_s, blocked_after_s)
     hold = Hold(
         delay_s=delay_s,
         preemptions=1,
@@ -71,7 +71,6 @@ def _block(
         ahead=ahead,
         by_size=bool(by_size),
         patience_s=patience_s,
-        worth_s=worth_s,
     )
     return Policy("", Everyone(), rank, hold, belief)
 
@@ -132,7 +131,7 @@ POLICIES: dict[str, PolicySpec] = {
         "lowest TTFT plus output_tokens (256) times TPOT, learned online by gradient boosting (llm-d)", _learned
     ),
     "block": PolicySpec(
-        "lowest predicted E2E, guarded against late starts and preemptions; kept at the gateway while all would be so",
+        "lowest predicted E2E and TTFT, guarded against late starts and preemptions; kept at the gateway while all would be so",
         _block,
     ),
     "block-k": PolicySpec("lowest predicted E2E of k (2) instances at random", _block_k),

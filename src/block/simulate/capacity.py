@@ -16,8 +16,11 @@ from block.metrics.summary import Summary
 from block.simulate.config import SimulationConfig
 from block.simulate.sweep import RunAll, varied
 
-_LATENCY = re.compile(r"(ttft|e2e|tpot)_(mean|p50|p90|p99)<=([0-9.]+)s?")
-_ATTAINMENT = re.compile(r"attainment>=([0-9.]+)(%?)")
+_LATENCY = re.compile(r"(ttft|e2e|tpot)_(mean|p50|p90|p99)<=([0-9]*\.?[0-9]+)s?")
+_ATTAINMENT = re.compile(r"attainment>=([0-9]*\.?[0-9]+)(%?)")
+
+
+TOLERANCE_MIN = 1e-4
 
 
 class Criterion(msgspec.Struct, frozen=True):
@@ -49,7 +52,9 @@ def parse_criterion(text: str) -> Criterion:
         if field in Summary.__struct_fields__ and float(match[3]) > 0:
             return Criterion(plain, field, float(match[3]))
     if match := _ATTAINMENT.fullmatch(plain):
-        return Criterion(plain, "slo_attainment_fraction", float(match[1]) / (100 if match[2] else 1))
+        target = float(match[1]) / (100 if match[2] else 1)
+        if 0 < target <= 1:
+            return Criterion(plain, "slo_attainment_fraction", target)
     raise ConfigError(f"Write a criterion as ttft_p99<=3, e2e_mean<=20 or attainment>=99%, not {text!r}.")
 
 
@@ -73,8 +78,11 @@ def find_capacity(
     look from ``start_rps`` first; small where the start is a good guess, for rates beyond capacity take long to simulate.
 
     Raises:
-        ConfigError: attainment without an SLO, or no rate between 1/64 and 64 times the start holds or fails.
+        ConfigError: attainment without an SLO, a tolerance out of bounds, or no rate between 1/64 and 64 times the start holds
+            or fails.
     """
+    if not TOLERANCE_MIN <= tolerance < 1:
+        raise ConfigError(f"The tolerance must be from {TOLERANCE_MIN:g} to below 1, not {tolerance}.")
     if criterion.field == "slo_attainment_fraction" and config.slo is None:
         raise ConfigError("The criterion is SLO attainment, but the configuration has no [slo].")
     start = start_rps or config.workload.rate_rps or 10.0

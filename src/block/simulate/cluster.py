@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from block.core import Candidate, Decision, InstanceId, Prediction
 from block.length.distribution import Estimate
-from block.length.simple import Estimator, OracleEstimator
+from block.length.simple import Estimator
 from block.length.table import make_estimator
 from block.metrics.row import Row, finished_row
 from block.policy import policy_from
@@ -308,7 +308,7 @@ def _estimator(config: SimulationConfig, offered: Sequence[Offered]) -> Estimato
     if name == "oracle":
         lengths = {one.request.id: one.output_tokens for one in offered}
         options.setdefault("seed", config.seed)
-        return OracleEstimator(lengths=lengths, **options)  # type: ignore[arg-type]
+        return make_estimator(name, **{**options, "lengths": lengths})
     return make_estimator(name, **options)
 
 

@@ -14,6 +14,9 @@ from block.errors import BadInputError, ConfigError
 from block.steptime.profile import StepTimeProfile
 from block.workload.offer import WorkloadConfig
 
+INSTANCES_MAX = 100_000
+INTERVAL_MIN_S = 1e-3
+
 
 class InstanceGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``count`` equal instances. ``profile``: a shipped name, a JSON file or an inline table; ``speed`` 0.5 is half as fast."""
@@ -56,6 +59,11 @@ class GatewayModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         )
         if self.count < 1 or min(seconds) < 0 or not self.horizon_s > 0:
             raise ConfigError("Gateways need a count of at least 1, no negative times and a horizon above 0.")
+        if 0 < self.snapshot_interval_s < INTERVAL_MIN_S:
+            raise ConfigError(
+                f"snapshot_interval_s must be 0 (every decision sees the truth) or at least {INTERVAL_MIN_S:g}, "
+                f"not {self.snapshot_interval_s:g}."
+            )
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -98,6 +106,10 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def __post_init__(self) -> None:
         if not self.instances:
             raise ConfigError("A cluster needs at least one [[instances]] group.")
+        if self.seed < 0:
+            raise ConfigError(f"A seed must not be negative, not {self.seed}.")
+        if self.instance_count > INSTANCES_MAX:
+            raise ConfigError(f"A cluster can have {INSTANCES_MAX:,} instances at most, not {self.instance_count:,}.")
         if not 0 <= self.warmup_fraction < 1:
             raise ConfigError(f"warmup_fraction must be in [0, 1), not {self.warmup_fraction}.")
         wrong = [f.instance for f in self.failures if not 0 <= f.instance < self.instance_count]

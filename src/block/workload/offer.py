@@ -14,6 +14,8 @@ from block.workload.length_table import load_lengths
 from block.workload.offered import Offered
 from block.workload.trace import read_trace
 
+RATE_MAX_RPS = 1e6
+REQUESTS_MAX = 10_000_000
 Arrivals = Literal["poisson", "gamma", "constant", "bursts", "trace"]
 
 
@@ -43,6 +45,18 @@ class WorkloadConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     exact_output: bool = False
     model: str = ""
     slo: Slo | None = None
+
+    def __post_init__(self) -> None:
+        if self.rate_rps is not None and not 0 < self.rate_rps <= RATE_MAX_RPS:
+            raise ConfigError(f"The rate must be above 0 requests/s and at most {RATE_MAX_RPS:g}, not {self.rate_rps}.")
+        if self.requests is not None and not 1 <= self.requests <= REQUESTS_MAX:
+            raise ConfigError(f"A workload needs at least 1 request and at most {REQUESTS_MAX:,}, not {self.requests}.")
+        for name in ("prompt_tokens", "output_tokens", "max_tokens"):
+            tokens = getattr(self, name)
+            if tokens is not None and tokens < 1:
+                raise ConfigError(f"{name} must be at least 1, not {tokens}.")
+        if self.total_tokens_max is not None and self.total_tokens_max < 2:
+            raise ConfigError(f"total_tokens_max must be at least 2, not {self.total_tokens_max}.")
 
 
 class _Shapes(msgspec.Struct):

@@ -1,0 +1,60 @@
+"""How many requests/s does a saturated cluster complete? No policy's capacity can be above what it completes when offered more.
+
+    python experiments/policies_saturation.py [--seeds 3-7] [--over 1.2]
+
+Settings and lengths as in policies_capacity.py. Offered is ``over`` times the best capacity known; counted are the answers that
+end between a minute after the start and the last arrival, by when as many are in flight as fit. Also the same hardware as
+one engine, first come and smallest first (`block.simulate.bound`). Writes results/policies-saturation.csv.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from block.simulate import SimulationConfig, simulate
+from block.simulate.capacity import bootstrap_interval
+from block.simulate.sweep import varied
+from policies_capacity import PACKED, POOLED, START, of_policy, setting
+
+RESULTS = Path(__file__).parent / "results"
+SETTINGS = {"default": ["llumnix-minus", "block", POOLED, PACKED], "batch-24": ["nosim", "block", POOLED, PACKED],
+            "heterogeneous": ["llumnix-minus", "block"]}  # fmt: skip
+FILLED_S = 60.0
+
+
+def completed_rps(config: SimulationConfig) -> float:
+    rows = simulate(config)
+    last_s = max(row.intended_s for row in rows)
+    ended = sum(row.finished_s is not None and FILLED_S < row.finished_s < last_s for row in rows)
+    return ended / (last_s - FILLED_S)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="3-7")
+    parser.add_argument("--over", type=float, default=1.2)
+    parser.add_argument("--settings", default=",".join(SETTINGS))
+    arguments = parser.parse_args()
+    first, _, last = arguments.seeds.partition("-")
+    with (RESULTS / "policies-saturation.csv").open("w", newline="", buffering=1) as out:
+        file = csv.writer(out)
+        file.writerow(["setting", "policy", "offered_rps", "completed_rps", "ci_low", "ci_high", "per_seed"])
+        for name in arguments.settings.split(","):
+            offered_rps = arguments.over * START[name]
+            for policy in SETTINGS[name]:
+                config = of_policy(setting(name), policy)
+                found = [
+                    completed_rps(varied(config, rate_rps=offered_rps, seed=seed))
+                    for seed in range(int(first), int(last or first) + 1)
+                ]
+                low, high = bootstrap_interval(found)
+                row = [name, policy, f"{offered_rps:.1f}", f"{np.mean(found):.2f}", f"{low:.2f}", f"{high:.2f}",
+                       " ".join(f"{rps:.2f}" for rps in found)]  # fmt: skip
+                file.writerow(row)
+                print("  ".join(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
