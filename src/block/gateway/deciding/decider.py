@@ -85,7 +85,7 @@ class Decider:
         found = self._strategies.get(name)
         if found is None:
             try:
-                found = self._strategies[name] = make_policy(name)
+                found = self._strategies[name] = make_policy(name[:64])
             except UserError as error:
                 raise ClientError(400, f"That is no routing strategy. {error}", param="routing-strategy") from None
         return found
