@@ -2,13 +2,20 @@
 
 A decode-only step of n requests takes ``decode_base[n] + kv_s * context``: linear in the context, so that many steps of one batch
 have a closed form. A step with prefill takes ``mixed_base[tokens] + request_s * n + kv_mixed_s * context +
-attention_s * prefill_work + chunk_s * chunks``, where tokens are the batch's, decoding ones included.
+attention_s * prefill_work + chunk_s * chunks + heat_s * prefill_tokens * heat``, where tokens are the batch's, decoding ones
+included, and heat is how many tokens the accelerator has prefilled lately: each counts exp(-age / heat_memory_s). Under
+sustained prefill the accelerator reaches its power limit and slows its clock down; what reads memory only, decoding, is spared.
 ``launch_s`` is how long the CPU is busy with scheduling and launching the step:
 the results of the step before it are not looked at earlier. An idle accelerator starts ``head_s`` after the step is
 scheduled. See docs/engine-model.md.
 """
 
 import cython
+
+if cython.compiled:
+    from cython.cimports.libc.math import exp
+else:
+    from math import exp
 
 
 class StepCurve:
@@ -20,7 +27,7 @@ class StepCurve:
 
     # fmt: off
     def __init__(self, decode_base, mixed_base, kv_s, kv_mixed_s, attention_s, chunk_s, request_s, launch_decode_s,
-                 launch_graph_s, launch_eager_s, launch_request_s, head_s, graph_tokens):
+                 launch_graph_s, launch_eager_s, launch_request_s, head_s, graph_tokens, heat_s=0.0, heat_memory_s=1.0):
         # fmt: on
         if len(decode_base) < 2 or len(mixed_base) < 2:
             raise ValueError("a step curve needs at least two points a table")
@@ -37,6 +44,8 @@ class StepCurve:
         self.launch_request_s = launch_request_s
         self.head_s = head_s
         self.graph_tokens = graph_tokens
+        self.heat_s = heat_s
+        self.heat_memory_s = heat_memory_s
 
     def decode_base_s(self, requests):
         """Seconds of a decode-only step before its context is counted."""
@@ -45,8 +54,8 @@ class StepCurve:
             return self.decode_base[requests]
         return self.decode_base[last] + (requests - last) * (self.decode_base[last] - self.decode_base[last - 1])
 
-    def gpu_s(self, decode_requests, context, prefill_tokens, prefill_work, chunks):
-        """Seconds that the accelerator works on one step."""
+    def gpu_s(self, decode_requests, context, prefill_tokens, prefill_work, chunks, heat=0.0):
+        """Seconds that the accelerator works on one step; ``heat`` in tokens, of before it."""
         if chunks == 0:
             return self.decode_base_s(decode_requests) + self.kv_s * context
         tokens: cython.longlong = decode_requests + prefill_tokens
@@ -57,7 +66,11 @@ class StepCurve:
         else:
             base = self.mixed_base[last] + (tokens - last) * (self.mixed_base[last] - self.mixed_base[last - 1])
         base += self.request_s * decode_requests + self.kv_mixed_s * context
-        return base + self.attention_s * prefill_work + self.chunk_s * chunks
+        return base + self.attention_s * prefill_work + self.chunk_s * chunks + self.heat_s * prefill_tokens * heat
+
+    def heat_after(self, heat, elapsed_s):
+        """What is left of the heat after some seconds."""
+        return heat * exp(-elapsed_s / self.heat_memory_s) if elapsed_s > 0 else heat
 
     def launch_s(self, decode_requests, prefill_tokens, chunks):
         """Seconds that the CPU is busy with one step: from taking in results over scheduling to its last kernel launch."""

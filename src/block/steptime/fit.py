@@ -18,7 +18,7 @@ from block.steptime.refine import refine
 from block.steptime.roofline import Arithmetic
 from block.steptime.steplog import StepLog
 from block.steptime.windows import errors_by_regime
-from block.steptime.work import WorkFit, fit_work, samples, together
+from block.steptime.work import HEAT_MEMORY_S, WorkFit, fit_work, samples, together
 
 LAUNCH_ROUNDS = 2
 MIXED_FEW = 20  # fewer steps that show a prefill's work say less than arithmetic does
@@ -72,11 +72,11 @@ def fit_profile(
     enough = sum(len(m.seconds) for m in mixed) >= MIXED_FEW
     if not enough and subject.prior is None:
         raise BadInputError("The step logs hold too few steps with prefill to fit a profile.")
-    work = fit_work(together([*plain, *mixed]) if enough else together(plain), subject.prior)
+    work = fit_work(together(mixed) if enough else together(plain), subject.prior)
     assert work is not None  # there were enough samples before
     progress("windows")
     most = max(int(log.decode_requests.max()) for log, _ in logs)
-    profile = refine(logs, _profile(work, launch, most, subject), lambda: progress("windows"))
+    profile = refine(logs, _profile(decode, work, launch, most, subject), lambda: progress("windows"))
     delays = fit_delays(calls)
     return msgspec.structs.replace(
         profile,
@@ -87,7 +87,7 @@ def fit_profile(
     )
 
 
-def _profile(work: WorkFit, launch: LaunchFit, most: int, subject: Subject) -> StepTimeProfile:
+def _profile(decode: WorkFit, work: WorkFit, launch: LaunchFit, most: int, subject: Subject) -> StepTimeProfile:
     decode_s, graph_s, eager_s = map(float, launch.kind_s)
     return StepTimeProfile(
         name=subject.name,
@@ -95,14 +95,16 @@ def _profile(work: WorkFit, launch: LaunchFit, most: int, subject: Subject) -> S
         model=subject.model,
         tensor_parallel=subject.tensor_parallel,
         source=subject.source,
-        decode_knots=work.decode_table(most),
+        decode_knots=decode.decode_table(most),
         mixed_knots=work.mixed_table(),
-        kv_s=work.kv_s,
+        kv_s=decode.kv_s,
         kv_mixed_s=work.kv_s + work.mixed_kv_s,
         attention_s=work.attention_s,
         chunk_s=work.chunk_s,
         request_s=work.request_s,
-        caching_s=work.caching_s,
+        caching_s=decode.caching_s,
+        heat_s=work.heat_s,
+        heat_memory_s=HEAT_MEMORY_S,
         launch_decode_s=decode_s,
         launch_graph_s=graph_s,
         launch_eager_s=eager_s,

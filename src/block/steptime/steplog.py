@@ -46,6 +46,16 @@ class StepLog(msgspec.Struct, frozen=True, eq=False):
     def pure_decode(self) -> npt.NDArray[np.bool_]:
         return np.asarray(self.chunks == 0)
 
+    def heat(self, memory_s: float) -> Floats:
+        """Tokens prefilled before each step, shape (steps,); each counts exp(-age / ``memory_s``)."""
+        found, left, counted_s = np.zeros(len(self)), 0.0, -np.inf
+        began_s = np.maximum(self.scheduled_s, np.concatenate([[-np.inf], self.finished_s[:-1]]))
+        for k in np.flatnonzero(~self.pure_decode):
+            left *= float(np.exp(-max(began_s[k] - counted_s, 0.0) / memory_s))
+            found[k], counted_s = left, began_s[k]
+            left += float(self.prefill_tokens[k])
+        return found
+
     @property
     def tokens(self) -> Floats:
         return self.decode_requests + self.prefill_tokens

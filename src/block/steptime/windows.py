@@ -50,7 +50,8 @@ def windows(log: StepLog, profile: StepTimeProfile, limits: EngineLimits) -> Ite
     shape = np.column_stack(
         [log.decode_requests, log.context, log.prefill_tokens, log.prefill_work, log.chunks]
     ).tolist()
-    work = [curve.gpu_s(int(n), k, int(p), w, int(c)) for n, k, p, w, c in shape]
+    heat = log.heat(curve.heat_memory_s).tolist()
+    work = [curve.gpu_s(int(n), k, int(p), w, int(c), h) for (n, k, p, w, c), h in zip(shape, heat, strict=True)]
     launch = [curve.launch_s(int(n), int(p), int(c)) for n, _, p, _, c in shape]
     anchor, idle = _anchors(log)
     first: int | None = None

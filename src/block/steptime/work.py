@@ -1,7 +1,8 @@
 """Fit of the accelerator's work: one model for decode-only steps and for steps with prefill.
 
     work = G(tokens) + request_s * decode_requests + kv_s * context + attention_s * prefill_work + chunk_s * chunks
-           (+ mixed_s + mixed_kv_s * context in a step with prefill, + caching_s with prefix caching)
+           (+ mixed_s + mixed_kv_s * context + heat_s * prefill_tokens * heat in a step with prefill, + caching_s with prefix
+           caching)
 
 G, the matrix products, is the same function of the batch's tokens whether they decode or prefill; it never falls. All
 coefficients are non-negative. Below the largest captured CUDA graph the tokens are padded to the next captured size.
@@ -15,22 +16,25 @@ import numpy.typing as npt
 
 from block.engine.limits import EngineLimits
 from block.steptime.profile import graph_tokens
-from block.steptime.regress import Floats, balanced, bends, rises, solve
+from block.steptime.regress import Floats, balanced, bends, rises, solve_cleaned
 from block.steptime.roofline import Arithmetic
 from block.steptime.steplog import StepLog, cuda_graph_sizes
 
 KNOTS = np.array(
     [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096, 8192], dtype=float
 )
+MIXED_KNOTS = np.array([1, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192], dtype=float)
 CONTEXT_CELLS = np.array([64, 200, 500, 1000, 2000, 4000])  # tokens a request
 CELL_MOST = (
     300  # steps of one (tokens, context, log) cell that count fully: weights follow where engines spend their steps
 )
 SMOOTH = 0.5  # how strongly the slopes of neighbouring segments pull together
-KNEE = 0.05  # relative errors beyond it are stalls of the host: they count linearly
+KNEE = 0.05  # relative errors beyond it count linearly at first
+STALLED = 0.2  # and beyond this are stalls of the host, which also make the next step look short: they do not count
 SAMPLES_FEW = 40
-LONG_TOKENS = 512
-SUSTAINED_TRUST = 0.3
+HEAT_MEMORY_S = 0.1
+HEAT_CELLS = np.array([500, 2000, 4000])  # tokens
+MIXED_CELL_MOST = 20  # of steps with prefill; a sweep has hundreds of long ones in a row, serving has single ones
 SHORT_TRUST = 0.5
 PRIOR_TOKENS = (1024.0, 2048.0, 4096.0)
 PRIOR_WEIGHT = 0.3  # of one measured step each
@@ -38,8 +42,7 @@ MILLI = 1e-3
 
 
 class Samples(msgspec.Struct, frozen=True, eq=False):
-    """Steps whose work is seen; arrays of shape (samples,). ``tokens`` are padded, ``seconds`` the work,
-    ``trust`` a weight."""
+    """Steps whose work is seen; arrays of shape (samples,). ``tokens`` are padded, ``seconds`` the work."""
 
     tokens: Floats
     requests: Floats
@@ -47,23 +50,27 @@ class Samples(msgspec.Struct, frozen=True, eq=False):
     prefill_work: Floats
     chunks: Floats
     caching: Floats
+    prefill_tokens: Floats
+    heat: Floats
     log: npt.NDArray[np.int64]
     seconds: Floats
-    trust: Floats
 
     def columns(self, knots: Floats) -> Floats:
         return np.column_stack([
             rises(self.tokens, knots), self.requests, self.context / 1e3, self.prefill_work / 1e6, self.chunks,
             self.chunks > 0, self.context / 1e3 * (self.chunks > 0), self.caching,
+            self.prefill_tokens * self.heat / 1e6,
         ])  # fmt: skip
 
     def weights(self) -> Floats:
         each = self.context / np.maximum(self.requests, 1)
         cells = np.searchsorted(KNOTS, self.tokens) * 1000 + np.searchsorted(CONTEXT_CELLS, each) * 100 + self.log
-        found = balanced(cells + 10**6 * (self.chunks > 0), CELL_MOST)
+        mixed = self.chunks > 0
+        heated = np.searchsorted(KNOTS, self.tokens) * 1000 + np.searchsorted(HEAT_CELLS, self.heat) * 100 + self.log
+        found = np.where(mixed, balanced(heated + 10**6 * ~mixed, MIXED_CELL_MOST), balanced(cells - 10**6 * mixed, CELL_MOST))
         short = (self.chunks == 0) & (each < CONTEXT_CELLS[0])
         found[short] *= SHORT_TRUST  # real batches are not that short; a sweep's are
-        return found * self.trust / (self.seconds / MILLI)
+        return found / (self.seconds / MILLI)
 
 
 class WorkFit(msgspec.Struct, frozen=True, eq=False):
@@ -78,6 +85,7 @@ class WorkFit(msgspec.Struct, frozen=True, eq=False):
     mixed_s: float
     mixed_kv_s: float
     caching_s: float
+    heat_s: float
 
     def g(self, tokens: Floats) -> Floats:
         slope = (self.base[-1] - self.base[-2]) / (self.knots[-1] - self.knots[-2])
@@ -119,18 +127,11 @@ def samples(log: StepLog, limits: EngineLimits, number: int, index: npt.NDArray[
         prefill_work=log.prefill_work[index],
         chunks=log.chunks[index],
         caching=np.full(len(index), float(limits.enable_prefix_caching)),
+        prefill_tokens=log.prefill_tokens[index],
+        heat=log.heat(HEAT_MEMORY_S)[index],
         log=np.full(len(index), number),
         seconds=seconds,
-        trust=np.where(_sustained(log)[index], SUSTAINED_TRUST, 1.0),
     )
-
-
-def _sustained(log: StepLog) -> npt.NDArray[np.bool_]:
-    """Steps in the midst of long prefills: the accelerator slows down under them, more than serving makes it."""
-    long = log.prefill_tokens >= LONG_TOKENS
-    found = np.zeros(len(log), bool)
-    found[2:] = long[2:] & long[1:-1] & long[:-2]
-    return found
 
 
 def together(parts: Sequence[Samples]) -> Samples:
@@ -142,21 +143,22 @@ def fit_work(seen: Samples, prior: Arithmetic | None) -> WorkFit | None:
     if len(seen.seconds) < SAMPLES_FEW:
         return None
     most = float(max(seen.tokens.max(), PRIOR_TOKENS[-1] if prior is not None else 0.0))
-    knots = KNOTS[: max(int(np.searchsorted(KNOTS, most)) + 1, 3)]
+    all_knots = MIXED_KNOTS if (seen.chunks > 0).all() else KNOTS
+    knots = all_knots[: max(int(np.searchsorted(all_knots, most)) + 1, 3)]
     n = len(knots)
     columns, target, weights = seen.columns(knots), seen.seconds / MILLI, seen.weights()
     if not seen.caching.any() or seen.caching.all():
-        columns[:, -1] = 0.0
+        columns[:, -2] = 0.0
     if prior is not None:
         known = _arithmetic_samples(prior, float(np.percentile(seen.seconds, 5)))
         columns = np.concatenate([columns, known.columns(knots)])
         target = np.concatenate([target, known.seconds / MILLI])
         weights = np.concatenate([weights, PRIOR_WEIGHT / (known.seconds / MILLI)])
     penalty = bends(knots, columns.shape[1], SMOOTH * MILLI / float(np.median(seen.seconds)))
-    found = solve(columns, target, weights, penalty, KNEE) * MILLI
+    found = solve_cleaned(columns, target, weights, penalty, KNEE, STALLED) * MILLI
     base = found[0] + np.concatenate([[0.0], np.cumsum(found[1:n] * np.diff(knots))])
-    request, kv, attention, chunk, mixed, mixed_kv, caching = map(float, found[n:])
-    return WorkFit(knots, base, request, kv / 1e3, attention / 1e6, chunk, mixed, mixed_kv / 1e3, caching)
+    request, kv, attention, chunk, mixed, mixed_kv, caching, heat = map(float, found[n:])
+    return WorkFit(knots, base, request, kv / 1e3, attention / 1e6, chunk, mixed, mixed_kv / 1e3, caching, heat / 1e6)
 
 
 def _arithmetic_samples(prior: Arithmetic, least_s: float) -> Samples:
@@ -165,4 +167,4 @@ def _arithmetic_samples(prior: Arithmetic, least_s: float) -> Samples:
     work = tokens**2 / 2
     zero = np.zeros(len(tokens))
     seconds = prior.token_s * tokens + prior.attention_s * work + 0.2 * least_s
-    return Samples(tokens, zero, zero, work, zero + 1, zero, zero.astype(np.int64), seconds, zero + 1)
+    return Samples(tokens, zero, zero, work, zero + 1, zero, tokens, zero, zero.astype(np.int64), seconds)
