@@ -33,6 +33,7 @@ KNEE = 0.05  # relative errors beyond it count linearly at first
 STALLED = 0.2  # and beyond this are stalls of the host, which also make the next step look short: they do not count
 SAMPLES_FEW = 40
 HEAT_MEMORY_S = 0.1
+HOT_FRACTION = 0.12  # what arithmetic is believed to take longer under prefill without end: 9-16 % on our H200 runs
 HEAT_CELLS = np.array([500, 2000, 4000])  # tokens
 MIXED_CELL_MOST = 20  # of steps with prefill; a sweep has hundreds of long ones in a row, serving has single ones
 SHORT_TRUST = 0.5
@@ -154,8 +155,13 @@ def fit_work(seen: Samples, prior: Arithmetic | None) -> WorkFit | None:
         columns = np.concatenate([columns, known.columns(knots)])
         target = np.concatenate([target, known.seconds / MILLI])
         weights = np.concatenate([weights, PRIOR_WEIGHT / (known.seconds / MILLI)])
+        hot = np.zeros((1, columns.shape[1]))
+        hot[0, -1] = HEAT_MEMORY_S / prior.token_s / 1e6  # a token under full heat, against how much longer it takes then
+        columns = np.concatenate([columns, hot])
+        target = np.append(target, HOT_FRACTION * prior.token_s / MILLI)
+        weights = np.append(weights, PRIOR_WEIGHT / (prior.token_s / MILLI))
     penalty = bends(knots, columns.shape[1], SMOOTH * MILLI / float(np.median(seen.seconds)))
-    found = solve_cleaned(columns, target, weights, penalty, KNEE, STALLED) * MILLI
+    found = solve_cleaned(columns, target, weights, penalty, KNEE, STALLED, len(seen.seconds)) * MILLI
     base = found[0] + np.concatenate([[0.0], np.cumsum(found[1:n] * np.diff(knots))])
     request, kv, attention, chunk, mixed, mixed_kv, caching, heat = map(float, found[n:])
     return WorkFit(knots, base, request, kv / 1e3, attention / 1e6, chunk, mixed, mixed_kv / 1e3, caching, heat / 1e6)
