@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from block.engine.limits import EngineLimits
 from block.steptime.profile import graph_tokens
-from block.steptime.regress import Floats, balanced, bends, rises, solve_cleaned
+from block.steptime.regress import Floats, balanced, bends, rises, solve, solve_cleaned
 from block.steptime.roofline import Arithmetic
 from block.steptime.steplog import StepLog, cuda_graph_sizes
 
@@ -161,7 +161,10 @@ def fit_work(seen: Samples, prior: Arithmetic | None) -> WorkFit | None:
         target = np.append(target, HOT_FRACTION * prior.token_s / MILLI)
         weights = np.append(weights, PRIOR_WEIGHT / (prior.token_s / MILLI))
     penalty = bends(knots, columns.shape[1], SMOOTH * MILLI / float(np.median(seen.seconds)))
-    found = solve_cleaned(columns, target, weights, penalty, KNEE, STALLED, len(seen.seconds)) * MILLI
+    if (seen.chunks > 0).any():
+        found = solve_cleaned(columns, target, weights, penalty, KNEE, STALLED, len(seen.seconds)) * MILLI
+    else:
+        found = solve(columns, target, weights, penalty, KNEE) * MILLI
     base = found[0] + np.concatenate([[0.0], np.cumsum(found[1:n] * np.diff(knots))])
     request, kv, attention, chunk, mixed, mixed_kv, caching, heat = map(float, found[n:])
     return WorkFit(knots, base, request, kv / 1e3, attention / 1e6, chunk, mixed, mixed_kv / 1e3, caching, heat / 1e6)
