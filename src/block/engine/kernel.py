@@ -284,6 +284,14 @@ class FastEngine(EngineStore):
             if self.times[r, FIRST] < 0:
                 self.times[r, FIRST] = self.now
 
+    def _heat(self, prefill):
+        """The accelerator's heat when batch ``g`` starts; its own ``prefill`` tokens heat the next one."""
+        began: cython.double = max(self.gpu_end, self.now + self.curve.head_s)
+        heat: cython.double = self.curve.heat_after(self.heat, began - self.heated_s)
+        self.heat = heat + prefill
+        self.heated_s = began
+        return heat
+
     def _tick(self, step_s, launch_s):
         """Time from schedule ``g`` to schedule ``g + 1`` for a batch that computes something."""
         cpu: cython.double = self.now + launch_s
@@ -435,8 +443,9 @@ class FastEngine(EngineStore):
         self.prefill_n = kept
         if decodes + chunks == 0:
             return self._empty_step()
+        heat: cython.double = self._heat(prefill) if chunks > 0 else 0.0
         self._tick(
-            self.curve.gpu_s(decodes, context, prefill, work, chunks), self.curve.launch_s(decodes, prefill, chunks)
+            self.curve.gpu_s(decodes, context, prefill, work, chunks, heat), self.curve.launch_s(decodes, prefill, chunks)
         )
         self.context += self.nd
         for i in range(completed):

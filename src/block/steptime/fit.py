@@ -22,6 +22,7 @@ from block.steptime.work import HEAT_MEMORY_S, WorkFit, fit_work, samples, toget
 
 LAUNCH_ROUNDS = 2
 MIXED_FEW = 20  # fewer steps that show a prefill's work say less than arithmetic does
+MIXED_ALONE = 60  # with as many, decode-only steps need not help out
 
 Logs = Sequence[tuple[StepLog, EngineLimits]]
 
@@ -69,10 +70,11 @@ def fit_profile(
         samples(log, limits, i, *work_samples(one, launch))
         for i, ((log, limits), one) in enumerate(zip(logs, seen, strict=True))
     ]
-    enough = sum(len(m.seconds) for m in mixed) >= MIXED_FEW
-    if not enough and subject.prior is None:
+    count = sum(len(m.seconds) for m in mixed)
+    if count < MIXED_FEW and subject.prior is None:
         raise BadInputError("The step logs hold too few steps with prefill to fit a profile.")
-    work = fit_work(together(mixed) if enough else together(plain), subject.prior)
+    work = fit_work(together(mixed), subject.prior) if count >= MIXED_ALONE else None
+    work = work or fit_work(together([*plain, *mixed] if count >= MIXED_FEW else plain), subject.prior)
     assert work is not None  # there were enough samples before
     progress("windows")
     most = max(int(log.decode_requests.max()) for log, _ in logs)
