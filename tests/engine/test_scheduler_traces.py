@@ -76,7 +76,9 @@ def without_ends(row: dict) -> dict:
     """As a server writes it that does not know where a request will stop: only who was aborted stays."""
 
     def arrival(a: list) -> list | dict:
-        named = dict(zip(("id", "prompt_tokens", "max_tokens", "priority", "output_tokens", "content"), a, strict=False))
+        named = dict(
+            zip(("id", "prompt_tokens", "max_tokens", "priority", "output_tokens", "content"), a, strict=False)
+        )
         if named.get("output_tokens") is not None:
             del named["output_tokens"]
         return named
@@ -120,12 +122,15 @@ def test_token_ids_say_what_prompts_share(tmp_path: Path) -> None:
         return {**r, "arrivals": [[a[0], ids[a[0]], *a[2:]] for a in r["arrivals"]]}
 
     path = rewritten(
-        TRACES[0].parent / "prefix.jsonl.gz", tmp_path, lambda h: {"engine": {**header, "shared_prefix_tokens": None}}, row
+        TRACES[0].parent / "prefix.jsonl.gz",
+        tmp_path,
+        lambda h: {"engine": {**header, "shared_prefix_tokens": None}},
+        row,
     )
     assert validate_trace(path).mismatches == 0
 
 
-@pytest.mark.parametrize("key, value", [("speculative_config", {"method": "ngram"}), ("pipeline_parallel_size", 2)])
+@pytest.mark.parametrize(("key", "value"), [("speculative_config", {"method": "ngram"}), ("pipeline_parallel_size", 2)])
 def test_an_engine_that_the_model_does_not_know_is_refused(key: str, value: object, tmp_path: Path) -> None:
     path = rewritten(TRACES[0], tmp_path, lambda h: {"engine": {**h["engine"], key: value}})
     with pytest.raises(BadInputError, match=key):

@@ -445,7 +445,8 @@ class FastEngine(EngineStore):
             return self._empty_step()
         heat: cython.double = self._heat(prefill) if chunks > 0 else 0.0
         self._tick(
-            self.curve.gpu_s(decodes, context, prefill, work, chunks, heat), self.curve.launch_s(decodes, prefill, chunks)
+            self.curve.gpu_s(decodes, context, prefill, work, chunks, heat),
+            self.curve.launch_s(decodes, prefill, chunks),
         )
         self.context += self.nd
         for i in range(completed):

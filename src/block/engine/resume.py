@@ -69,12 +69,14 @@ IN_SAMPLES_1 = cython.declare(cython.int, 2)
 IN_SAMPLES_2 = cython.declare(cython.int, 4)
 
 
-def restore(engine, requests, totals, hits, running, free, taken_s, batches, batch_1_started_s, newest_scheduled_s, heat=0.0):
+def restore(
+    engine, requests, totals, hits, running, free, taken_s, batches, batch_1_started_s, newest_scheduled_s, heat=0.0
+):
     """Make ``engine`` (a FastEngine of the same limits) continue from a snapshot (see ``predict.snapshot``).
 
     ``requests``: (FIELDS, n) int32; ``totals``: (n,) int32 expected total output tokens; ``hits``: (n,) int32 prompt
-    tokens of waiting requests that are in the prefix cache; ``batches`` in flight 0-2; times in seconds; ``heat``: of the finished steps, at ``taken_s`` (see
-    ``curve``).
+    tokens of waiting requests that are in the prefix cache; ``batches`` in flight 0-2; times in seconds; ``heat``: of the
+    finished steps, at ``taken_s`` (see ``curve``).
     """
     n = requests.shape[1]
     if engine.capacity < n + 1:

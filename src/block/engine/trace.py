@@ -91,7 +91,12 @@ class _Replay:
         """
         for sequence, samples in zip(batch.sequences, batch.samples, strict=True):
             name = str(sequence.key)
-            if samples and name not in self._aborted and following.gone(name) and sequence.output < sequence.stop_after - 1:
+            if (
+                samples
+                and name not in self._aborted
+                and following.gone(name)
+                and sequence.output < sequence.stop_after - 1
+            ):
                 sequence.stop_after = sequence.output + 1
                 self._early_stops += 1
 

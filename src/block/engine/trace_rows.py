@@ -19,7 +19,16 @@ import msgspec
 from block.engine.limits import EngineLimits, limits_from
 from block.errors import BadInputError
 
-GROUPS = ("engine", "config", "limits", "engine_config", "vllm_config", "scheduler_config", "cache_config", "model_config")
+GROUPS = (
+    "engine",
+    "config",
+    "limits",
+    "engine_config",
+    "vllm_config",
+    "scheduler_config",
+    "cache_config",
+    "model_config",
+)
 # vLLM's other names of the limits.
 NAMES = {
     "scheduling_policy": "policy", "scheduler_policy": "policy", "max_num_scheduled_tokens": "max_num_batched_tokens",
@@ -95,7 +104,9 @@ def read_header(header: Mapping[str, Any]) -> tuple[EngineLimits, int]:
     _flatten(header, fields)
     for name, harmless in UNMODELLED.items():
         if fields.get(name) and fields[name] not in harmless:
-            raise BadInputError(f"The trace's engine has {name} = {fields[name]!r}, which the scheduler model does not know.")
+            raise BadInputError(
+                f"The trace's engine has {name} = {fields[name]!r}, which the scheduler model does not know."
+            )
     limits = {NAMES.get(k, k): v for k, v in fields.items() if v is not None and NAMES.get(k, k) not in fields}
     limits |= {k: v for k, v in fields.items() if v is not None and k not in NAMES}
     for name, other in NAMES.items():
@@ -126,11 +137,11 @@ def read_call(row: Mapping[str, Any], limits: EngineLimits, shared_tokens: int, 
     if "scheduled" not in decisions:
         raise KeyError("a call lacks 'scheduled'")
     decisions["scheduled"] = dict(decisions["scheduled"])
-    queues = decisions.get("running"), decisions.get("waiting")
+    running, waiting = decisions.get("running"), decisions.get("waiting")
     present = None
-    if isinstance(queues[0], list) and isinstance(queues[1], list):
-        present = frozenset(str(key) for queue in queues for key in queue)
-    ended = next((row[name] for name in ENDED if isinstance(row.get(name), list)), [])
+    if isinstance(running, list) and isinstance(waiting, list):
+        present = frozenset(map(str, running + waiting))
+    ended: list[Any] = next((row[name] for name in ENDED if isinstance(row.get(name), list)), [])
     arrivals = [_arrival(a, limits, shared_tokens, chains) for a in row.get("arrivals") or []]
     return Call(arrivals, decisions, present, frozenset(map(str, ended)))
 

@@ -63,7 +63,9 @@ def solve(columns: Floats, target: Floats, weights: Floats, penalty: Floats, kne
     return found
 
 
-def solve_cleaned(columns: Floats, target: Floats, weights: Floats, penalty: Floats, knee: float, off: float, measured: int) -> Floats:
+def solve_cleaned(
+    columns: Floats, target: Floats, weights: Floats, penalty: Floats, knee: float, off: float, measured: int
+) -> Floats:
     """``solve`` twice: robustly, then all squared without those of the first ``measured`` rows that the first solution misses
     by more than ``off`` x target."""
     found = solve(columns, target, weights, penalty, knee)

@@ -68,7 +68,9 @@ class Samples(msgspec.Struct, frozen=True, eq=False):
         cells = np.searchsorted(KNOTS, self.tokens) * 1000 + np.searchsorted(CONTEXT_CELLS, each) * 100 + self.log
         mixed = self.chunks > 0
         heated = np.searchsorted(KNOTS, self.tokens) * 1000 + np.searchsorted(HEAT_CELLS, self.heat) * 100 + self.log
-        found = np.where(mixed, balanced(heated + 10**6 * ~mixed, MIXED_CELL_MOST), balanced(cells - 10**6 * mixed, CELL_MOST))
+        found = np.where(
+            mixed, balanced(heated + 10**6 * ~mixed, MIXED_CELL_MOST), balanced(cells - 10**6 * mixed, CELL_MOST)
+        )
         short = (self.chunks == 0) & (each < CONTEXT_CELLS[0])
         found[short] *= SHORT_TRUST  # real batches are not that short; a sweep's are
         return found / (self.seconds / MILLI)
@@ -156,7 +158,9 @@ def fit_work(seen: Samples, prior: Arithmetic | None) -> WorkFit | None:
         target = np.concatenate([target, known.seconds / MILLI])
         weights = np.concatenate([weights, PRIOR_WEIGHT / (known.seconds / MILLI)])
         hot = np.zeros((1, columns.shape[1]))
-        hot[0, -1] = HEAT_MEMORY_S / prior.token_s / 1e6  # a token under full heat, against how much longer it takes then
+        hot[0, -1] = (
+            HEAT_MEMORY_S / prior.token_s / 1e6
+        )  # a token under full heat, against how much longer it takes then
         columns = np.concatenate([columns, hot])
         target = np.append(target, HOT_FRACTION * prior.token_s / MILLI)
         weights = np.append(weights, PRIOR_WEIGHT / (prior.token_s / MILLI))
