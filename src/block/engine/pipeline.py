@@ -133,7 +133,7 @@ class Engine:
             heat = self.curve.heat_after(self._heat, started_s - self._heated_s)
             self._heat, self._heated_s = heat + batch.prefill_tokens, started_s
         step_s = self.curve.gpu_s(
-            batch.decode_requests, batch.context, batch.prefill_tokens, batch.prefill_work, chunks, heat
+            batch.decode_requests, batch.context, batch.prefill_tokens, batch.prefill_work, chunks, heat, batch.shared
         )
         self._gpu_free_s = max(started_s + step_s, self._cpu_free_s)
         self.in_flight.append(Flight(batch, now_s, started_s, self._gpu_free_s))

@@ -107,7 +107,8 @@ class Batch:
     """What one step computes: aligned lists, and the aggregates a step-time model needs.
 
     ``context`` sums the tokens already in cache of the decoding requests; ``prefill_work`` sums, over prefill
-    chunks, tokens x (computed before + tokens / 2). ``chunks`` lists (tokens, computed before).
+    chunks, tokens x (computed before + tokens / 2). ``chunks`` lists (tokens, computed before). ``shared``: tokens of the running
+    sequences' blocks that another one holds too, counted once less than held.
     """
 
     sequences = cython.declare(list, visibility="public")
@@ -119,6 +120,7 @@ class Batch:
     context = cython.declare(cython.longlong, visibility="public")
     prefill_tokens = cython.declare(cython.longlong, visibility="public")
     prefill_work = cython.declare(cython.double, visibility="public")
+    shared = cython.declare(cython.longlong, visibility="public")
     preempted = cython.declare(list, visibility="public")
 
     def __init__(self):
@@ -131,6 +133,7 @@ class Batch:
         self.context = 0
         self.prefill_tokens = 0
         self.prefill_work = 0.0
+        self.shared = 0
         self.preempted = []
 
 
@@ -406,6 +409,8 @@ class Scheduler:
             if samples:
                 seq.placeholders += 1
             batch.samples.append(samples)
+        if self.pool is not None:
+            batch.shared = self._shared_blocks() * self._block_size
 
     # ---- update
 
@@ -492,6 +497,14 @@ class Scheduler:
     @cython.cfunc
     def _free_blocks(self) -> cython.longlong:
         return self._free if self.pool is None else len(self.pool.free)
+
+    @cython.cfunc
+    def _shared_blocks(self) -> cython.longlong:
+        """Blocks of running sequences counted once for each but the first that holds them."""
+        held: cython.longlong = 0
+        for seq in self.running:
+            held += cython.cast(Sequence, seq).blocks
+        return held - (self.limits.blocks_usable - self._free_blocks())
 
     @cython.cfunc
     def _blocks_for(self, tokens: cython.longlong) -> cython.longlong:

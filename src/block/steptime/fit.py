@@ -18,7 +18,7 @@ from block.steptime.refine import refine
 from block.steptime.roofline import Arithmetic
 from block.steptime.steplog import StepLog
 from block.steptime.windows import errors_by_regime
-from block.steptime.work import HEAT_MEMORY_S, WorkFit, fit_work, samples, together
+from block.steptime.work import HEAT_MEMORY_S, WorkFit, fit_work, samples, spared, together
 
 LAUNCH_ROUNDS = 2
 MIXED_FEW = 20  # fewer steps that show a prefill's work say less than arithmetic does
@@ -57,7 +57,8 @@ def fit_profile(
         for i, (log, limits) in enumerate(logs)
         for k in [steady(log)]
     ]
-    decode = fit_work(together(plain), None)
+    tile_requests = subject.prior.tile_requests if subject.prior is not None else 0.0
+    decode = fit_work(together(plain), None, tile_requests)
     if decode is None:
         raise BadInputError("The step logs hold too few decode-only steps in a row to fit a profile.")
     progress("launches")
@@ -67,7 +68,7 @@ def fit_profile(
         launch = fit_launch(seen, launch)
     progress("steps with prefill")
     mixed = [
-        samples(log, limits, i, *work_samples(one, launch))
+        spared(samples(log, limits, i, *work_samples(one, launch)), decode.shared_s)
         for i, ((log, limits), one) in enumerate(zip(logs, seen, strict=True))
     ]
     count = sum(len(m.seconds) for m in mixed)
@@ -105,6 +106,9 @@ def _profile(decode: WorkFit, work: WorkFit, launch: LaunchFit, most: int, subje
         chunk_s=work.chunk_s,
         request_s=work.request_s,
         caching_s=decode.caching_s,
+        shared_s=decode.shared_s,
+        tile_s=decode.tile_s,
+        tile_requests=decode.tile_requests,
         heat_s=work.heat_s,
         heat_memory_s=HEAT_MEMORY_S,
         launch_decode_s=decode_s,

@@ -32,7 +32,8 @@ class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     between knots and beyond the last two. ``kv_mixed_s``: seconds a context token in steps with prefill
     [kv_s]. ``caching_s``: what every step takes longer with prefix caching on, ``eager_s``: a step with prefill that is
     too large for a captured CUDA graph. ``heat_s``: seconds per prefill token and token
-    prefilled within the last ``heat_memory_s`` (seconds, e-folding).
+    prefilled within the last ``heat_memory_s`` (seconds, e-folding). ``tile_s``: seconds per token of the mean context, of which
+    fewer than ``tile_requests`` requests share one. ``shared_s``: seconds spared per token of context that another request has too.
     ``input_s``: from the API's arrival to the scheduler's queue; ``output_s`` + ``output_request_s`` per request of the
     batch: from a step's results to the caller.
     """
@@ -54,6 +55,9 @@ class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     eager_s: float = 0.0
     heat_s: float = 0.0
     heat_memory_s: float = 1.0
+    tile_s: float = 0.0
+    tile_requests: float = 1.0
+    shared_s: float = 0.0
     launch_decode_s: float = 0.0
     launch_graph_s: float = 0.0
     launch_eager_s: float = 0.0
@@ -81,6 +85,7 @@ class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             self.attention_s * scale, self.chunk_s * scale, self.request_s * scale, self.launch_decode_s * scale,
             self.launch_graph_s * scale, self.launch_eager_s * scale, self.launch_request_s * scale, self.head_s * scale,
             graph_tokens(limits), self.heat_s * scale, self.heat_memory_s,
+            self.tile_s * scale, self.tile_requests, self.shared_s * scale,
         )  # fmt: skip
 
 

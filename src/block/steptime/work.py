@@ -29,6 +29,7 @@ CELL_MOST = (
     300  # steps of one (tokens, context, log) cell that count fully: weights follow where engines spend their steps
 )
 SMOOTH = 0.5  # how strongly the slopes of neighbouring segments pull together
+CACHING, UNIQUE = -4, -3  # columns
 KNEE = 0.05  # relative errors beyond it count linearly at first
 STALLED = 0.2  # and beyond this are stalls of the host, which also make the next step look short: they do not count
 SAMPLES_FEW = 40
@@ -48,6 +49,7 @@ class Samples(msgspec.Struct, frozen=True, eq=False):
     tokens: Floats
     requests: Floats
     context: Floats
+    shared: Floats
     prefill_work: Floats
     chunks: Floats
     caching: Floats
@@ -56,11 +58,13 @@ class Samples(msgspec.Struct, frozen=True, eq=False):
     log: npt.NDArray[np.int64]
     seconds: Floats
 
-    def columns(self, knots: Floats) -> Floats:
+    def columns(self, knots: Floats, tile_requests: float) -> Floats:
+        plain = self.chunks == 0
+        tile = self.context / np.maximum(self.requests, max(tile_requests, 1.0)) * plain * (tile_requests > 0)
         return np.column_stack([
             rises(self.tokens, knots), self.requests, self.context / 1e3, self.prefill_work / 1e6, self.chunks,
             self.chunks > 0, self.context / 1e3 * (self.chunks > 0), self.caching,
-            self.prefill_tokens * self.heat / 1e6,
+            (self.context - self.shared) / 1e3 * plain, tile / 1e3, self.prefill_tokens * self.heat / 1e6,
         ])  # fmt: skip
 
     def weights(self) -> Floats:
@@ -88,17 +92,24 @@ class WorkFit(msgspec.Struct, frozen=True, eq=False):
     mixed_s: float
     mixed_kv_s: float
     caching_s: float
+    shared_s: float
+    tile_s: float
+    tile_requests: float
     heat_s: float
 
     def g(self, tokens: Floats) -> Floats:
         slope = (self.base[-1] - self.base[-2]) / (self.knots[-1] - self.knots[-2])
         return np.asarray(np.interp(tokens, self.knots, self.base) + np.maximum(tokens - self.knots[-1], 0) * slope)
 
+    def kv(self, requests: Floats) -> Floats:
+        """Seconds per token of context in decode-only steps."""
+        return np.asarray(self.kv_s + self.tile_s / np.maximum(requests, self.tile_requests))
+
     def decode_s(self, log: StepLog, limits: EngineLimits) -> Floats:
         """Work of every step's decoding part alone, shape (steps,)."""
         more_s = self.caching_s if limits.enable_prefix_caching else 0.0
         tokens = padded(np.maximum(log.decode_requests, 1), limits)
-        return self.g(tokens) + self.request_s * log.decode_requests + self.kv_s * log.context + more_s
+        return self.g(tokens) + self.request_s * log.decode_requests + self.kv(log.decode_requests) * log.context + more_s - self.shared_s * log.shared(limits)
 
     def decode_table(self, most: int) -> list[tuple[float, float]]:
         """Profile knots of decode-only steps, up to ``most`` requests: G is flat up to each captured size."""
@@ -127,6 +138,7 @@ def samples(log: StepLog, limits: EngineLimits, number: int, index: npt.NDArray[
         tokens=padded(log.tokens[index], limits),
         requests=log.decode_requests[index],
         context=log.context[index],
+        shared=log.shared(limits)[index],
         prefill_work=log.prefill_work[index],
         chunks=log.chunks[index],
         caching=np.full(len(index), float(limits.enable_prefix_caching)),
@@ -137,11 +149,16 @@ def samples(log: StepLog, limits: EngineLimits, number: int, index: npt.NDArray[
     )
 
 
+def spared(seen: Samples, shared_s: float) -> Samples:
+    """The samples as if nothing in the cache were shared, at a known price."""
+    return msgspec.structs.replace(seen, seconds=seen.seconds + shared_s * seen.shared)
+
+
 def together(parts: Sequence[Samples]) -> Samples:
     return Samples(**{f: np.concatenate([getattr(p, f) for p in parts]) for f in Samples.__struct_fields__})
 
 
-def fit_work(seen: Samples, prior: Arithmetic | None) -> WorkFit | None:
+def fit_work(seen: Samples, prior: Arithmetic | None, tile_requests: float = 0.0) -> WorkFit | None:
     """Fit the samples; ``None`` if there are too few. ``prior`` counts where no step shows long prefills."""
     if len(seen.seconds) < SAMPLES_FEW:
         return None
@@ -149,12 +166,14 @@ def fit_work(seen: Samples, prior: Arithmetic | None) -> WorkFit | None:
     all_knots = MIXED_KNOTS if (seen.chunks > 0).all() else KNOTS
     knots = all_knots[: max(int(np.searchsorted(all_knots, most)) + 1, 3)]
     n = len(knots)
-    columns, target, weights = seen.columns(knots), seen.seconds / MILLI, seen.weights()
+    columns, target, weights = seen.columns(knots, tile_requests), seen.seconds / MILLI, seen.weights()
     if not seen.caching.any() or seen.caching.all():
-        columns[:, -2] = 0.0
+        columns[:, CACHING] = 0.0
+    if not seen.shared.any():
+        columns[:, UNIQUE] = 0.0
     if prior is not None:
         known = _arithmetic_samples(prior, float(np.percentile(seen.seconds, 5)))
-        columns = np.concatenate([columns, known.columns(knots)])
+        columns = np.concatenate([columns, known.columns(knots, tile_requests)])
         target = np.concatenate([target, known.seconds / MILLI])
         weights = np.concatenate([weights, PRIOR_WEIGHT / (known.seconds / MILLI)])
         hot = np.zeros((1, columns.shape[1]))
@@ -170,8 +189,11 @@ def fit_work(seen: Samples, prior: Arithmetic | None) -> WorkFit | None:
     else:
         found = solve(columns, target, weights, penalty, KNEE) * MILLI
     base = found[0] + np.concatenate([[0.0], np.cumsum(found[1:n] * np.diff(knots))])
-    request, kv, attention, chunk, mixed, mixed_kv, caching, heat = map(float, found[n:])
-    return WorkFit(knots, base, request, kv / 1e3, attention / 1e6, chunk, mixed, mixed_kv / 1e3, caching, heat / 1e6)
+    request, kv, attention, chunk, mixed, mixed_kv, caching, unique, tile, heat = map(float, found[n:])
+    return WorkFit(
+        knots, base, request, (kv + unique) / 1e3, attention / 1e6, chunk, mixed, mixed_kv / 1e3, caching, unique / 1e3,
+        tile / 1e3, max(tile_requests, 1.0), heat / 1e6,
+    )  # fmt: skip
 
 
 def _arithmetic_samples(prior: Arithmetic, least_s: float) -> Samples:
@@ -180,4 +202,4 @@ def _arithmetic_samples(prior: Arithmetic, least_s: float) -> Samples:
     work = tokens**2 / 2
     zero = np.zeros(len(tokens))
     seconds = prior.token_s * tokens + prior.attention_s * work + 0.2 * least_s
-    return Samples(tokens, zero, zero, work, zero + 1, zero, tokens, zero, zero.astype(np.int64), seconds)
+    return Samples(tokens, zero, zero, zero, work, zero + 1, zero, tokens, zero, zero.astype(np.int64), seconds)
