@@ -75,7 +75,8 @@ class StepCurve:
             base = self.mixed_base[tokens]
         else:
             base = self.mixed_base[last] + (tokens - last) * (self.mixed_base[last] - self.mixed_base[last - 1])
-        base += self.request_s * decode_requests + self.kv_mixed_s * context - self.shared_s * shared
+        base += self.request_s * decode_requests - self.shared_s * shared
+        base += (self.kv_mixed_s + self.tile_s / max(decode_requests, self.tile_requests)) * context
         return base + self.attention_s * prefill_work + self.chunk_s * chunks + self.heat_s * prefill_tokens * heat
 
     def heat_after(self, heat, elapsed_s):

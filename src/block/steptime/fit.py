@@ -18,7 +18,7 @@ from block.steptime.refine import refine
 from block.steptime.roofline import Arithmetic
 from block.steptime.steplog import StepLog
 from block.steptime.windows import errors_by_regime
-from block.steptime.work import HEAT_MEMORY_S, WorkFit, fit_work, samples, spared, together
+from block.steptime.work import HEAT_MEMORY_S, WorkFit, even, fit_work, samples, together
 
 LAUNCH_ROUNDS = 2
 MIXED_FEW = 20  # fewer steps that show a prefill's work say less than arithmetic does
@@ -68,7 +68,7 @@ def fit_profile(
         launch = fit_launch(seen, launch)
     progress("steps with prefill")
     mixed = [
-        spared(samples(log, limits, i, *work_samples(one, launch)), decode.shared_s)
+        even(samples(log, limits, i, *work_samples(one, launch)), decode)
         for i, ((log, limits), one) in enumerate(zip(logs, seen, strict=True))
     ]
     count = sum(len(m.seconds) for m in mixed)

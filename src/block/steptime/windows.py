@@ -51,7 +51,10 @@ def windows(log: StepLog, profile: StepTimeProfile, limits: EngineLimits) -> Ite
         [log.decode_requests, log.context, log.prefill_tokens, log.prefill_work, log.chunks]
     ).tolist()
     heat, shared = log.heat(curve.heat_memory_s).tolist(), log.shared(limits).tolist()
-    work = [curve.gpu_s(int(n), k, int(p), w, int(c), h, d) for (n, k, p, w, c), h, d in zip(shape, heat, shared, strict=True)]
+    work = [
+        curve.gpu_s(int(n), k, int(p), w, int(c), h, d)
+        for (n, k, p, w, c), h, d in zip(shape, heat, shared, strict=True)
+    ]
     launch = [curve.launch_s(int(n), int(p), int(c)) for n, _, p, _, c in shape]
     anchor, idle = _anchors(log)
     first: int | None = None

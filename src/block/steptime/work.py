@@ -109,7 +109,13 @@ class WorkFit(msgspec.Struct, frozen=True, eq=False):
         """Work of every step's decoding part alone, shape (steps,)."""
         more_s = self.caching_s if limits.enable_prefix_caching else 0.0
         tokens = padded(np.maximum(log.decode_requests, 1), limits)
-        return self.g(tokens) + self.request_s * log.decode_requests + self.kv(log.decode_requests) * log.context + more_s - self.shared_s * log.shared(limits)
+        return (
+            self.g(tokens)
+            + self.request_s * log.decode_requests
+            + self.kv(log.decode_requests) * log.context
+            + more_s
+            - self.shared_s * log.shared(limits)
+        )
 
     def decode_table(self, most: int) -> list[tuple[float, float]]:
         """Profile knots of decode-only steps, up to ``most`` requests: G is flat up to each captured size."""
@@ -149,9 +155,10 @@ def samples(log: StepLog, limits: EngineLimits, number: int, index: npt.NDArray[
     )
 
 
-def spared(seen: Samples, shared_s: float) -> Samples:
-    """The samples as if nothing in the cache were shared, at a known price."""
-    return msgspec.structs.replace(seen, seconds=seen.seconds + shared_s * seen.shared)
+def even(seen: Samples, decode: WorkFit) -> Samples:
+    """The samples as if no context were shared and all processors had the same to read, at decode-only steps' prices."""
+    tile_s = decode.tile_s / np.maximum(seen.requests, decode.tile_requests) * seen.context
+    return msgspec.structs.replace(seen, seconds=seen.seconds + decode.shared_s * seen.shared - tile_s)
 
 
 def together(parts: Sequence[Samples]) -> Samples:
