@@ -57,8 +57,10 @@ def fit_profile(
         for i, (log, limits) in enumerate(logs)
         for k in [steady(log)]
     ]
-    tile_requests = subject.prior.tile_requests if subject.prior is not None else 0.0
-    decode = fit_work(together(plain), None, tile_requests)
+    tile_requests, least_kv_s = (
+        (subject.prior.tile_requests, subject.prior.kv_s) if subject.prior is not None else (0.0, 0.0)
+    )
+    decode = fit_work(together(plain), None, tile_requests, least_kv_s)
     if decode is None:
         raise BadInputError("The step logs hold too few decode-only steps in a row to fit a profile.")
     progress("launches")
@@ -74,7 +76,7 @@ def fit_profile(
     count = sum(len(m.seconds) for m in mixed)
     if count < MIXED_FEW and subject.prior is None:
         raise BadInputError("The step logs hold too few steps with prefill to fit a profile.")
-    work = fit_work(together(mixed), subject.prior) if count >= MIXED_ALONE else None
+    work = fit_work(together(mixed), subject.prior, 0.0, least_kv_s) if count >= MIXED_ALONE else None
     work = work or fit_work(together([*plain, *mixed] if count >= MIXED_FEW else plain), subject.prior)
     assert work is not None  # there were enough samples before
     progress("windows")

@@ -29,7 +29,7 @@ CELL_MOST = (
     300  # steps of one (tokens, context, log) cell that count fully: weights follow where engines spend their steps
 )
 SMOOTH = 0.5  # how strongly the slopes of neighbouring segments pull together
-CACHING, UNIQUE = -4, -3  # columns
+CACHING, SHARED = -4, -3  # columns
 KNEE = 0.05  # relative errors beyond it count linearly at first
 STALLED = 0.2  # and beyond this are stalls of the host, which also make the next step look short: they do not count
 SAMPLES_FEW = 40
@@ -64,7 +64,7 @@ class Samples(msgspec.Struct, frozen=True, eq=False):
         return np.column_stack([
             rises(self.tokens, knots), self.requests, self.context / 1e3, self.prefill_work / 1e6, self.chunks,
             self.chunks > 0, self.context / 1e3 * (self.chunks > 0), self.caching,
-            (self.context - self.shared) / 1e3 * plain, tile / 1e3, self.prefill_tokens * self.heat / 1e6,
+            -self.shared / 1e3 * plain, tile / 1e3, self.prefill_tokens * self.heat / 1e6,
         ])  # fmt: skip
 
     def weights(self) -> Floats:
@@ -165,28 +165,33 @@ def together(parts: Sequence[Samples]) -> Samples:
     return Samples(**{f: np.concatenate([getattr(p, f) for p in parts]) for f in Samples.__struct_fields__})
 
 
-def fit_work(seen: Samples, prior: Arithmetic | None, tile_requests: float = 0.0) -> WorkFit | None:
-    """Fit the samples; ``None`` if there are too few. ``prior`` counts where no step shows long prefills."""
+def fit_work(
+    seen: Samples, prior: Arithmetic | None, tile_requests: float = 0.0, least_kv_s: float = 0.0
+) -> WorkFit | None:
+    """Fit the samples; ``None`` if there are too few.
+
+    ``prior`` counts where no step shows long prefills. ``tile_requests``, ``least_kv_s``: of ``roofline``, 0 if unknown.
+    """
     if len(seen.seconds) < SAMPLES_FEW:
         return None
     most = float(max(seen.tokens.max(), PRIOR_TOKENS[-1] if prior is not None else 0.0))
     all_knots = MIXED_KNOTS if (seen.chunks > 0).all() else KNOTS
     knots = all_knots[: max(int(np.searchsorted(all_knots, most)) + 1, 3)]
     n = len(knots)
-    columns, target, weights = seen.columns(knots, tile_requests), seen.seconds / MILLI, seen.weights()
+    columns, weights = seen.columns(knots, tile_requests), seen.weights()
+    target = (seen.seconds - least_kv_s * seen.context) / MILLI
     if not seen.caching.any() or seen.caching.all():
         columns[:, CACHING] = 0.0
     if not seen.shared.any():
-        columns[:, UNIQUE] = 0.0
+        columns[:, SHARED] = 0.0
     if prior is not None:
         known = _arithmetic_samples(prior, float(np.percentile(seen.seconds, 5)))
         columns = np.concatenate([columns, known.columns(knots, tile_requests)])
         target = np.concatenate([target, known.seconds / MILLI])
         weights = np.concatenate([weights, PRIOR_WEIGHT / (known.seconds / MILLI)])
         hot = np.zeros((1, columns.shape[1]))
-        hot[0, -1] = (
-            HEAT_MEMORY_S / prior.token_s / 1e6
-        )  # a token under full heat, against how much longer it takes then
+        # One token under prefill without end, against how much longer it takes then.
+        hot[0, -1] = HEAT_MEMORY_S / prior.token_s / 1e6
         columns = np.concatenate([columns, hot])
         target = np.append(target, HOT_FRACTION * prior.token_s / MILLI)
         weights = np.append(weights, PRIOR_WEIGHT / (prior.token_s / MILLI))
@@ -196,9 +201,10 @@ def fit_work(seen: Samples, prior: Arithmetic | None, tile_requests: float = 0.0
     else:
         found = solve(columns, target, weights, penalty, KNEE) * MILLI
     base = found[0] + np.concatenate([[0.0], np.cumsum(found[1:n] * np.diff(knots))])
-    request, kv, attention, chunk, mixed, mixed_kv, caching, unique, tile, heat = map(float, found[n:])
+    request, kv, attention, chunk, mixed, mixed_kv, caching, shared, tile, heat = map(float, found[n:])
+    kv_s = least_kv_s + kv / 1e3
     return WorkFit(
-        knots, base, request, (kv + unique) / 1e3, attention / 1e6, chunk, mixed, mixed_kv / 1e3, caching, unique / 1e3,
+        knots, base, request, kv_s, attention / 1e6, chunk, mixed, mixed_kv / 1e3, caching, min(shared / 1e3, kv_s),
         tile / 1e3, max(tile_requests, 1.0), heat / 1e6,
     )  # fmt: skip
 
