@@ -29,7 +29,8 @@ class StepCurve:
 
     # fmt: off
     def __init__(self, decode_base, mixed_base, kv_s, kv_mixed_s, attention_s, chunk_s, request_s, launch_decode_s,
-                 launch_graph_s, launch_eager_s, launch_request_s, head_s, graph_tokens, heat_s=0.0, heat_memory_s=1.0, tile_s=0.0, tile_requests=1.0, shared_s=0.0):
+                 launch_graph_s, launch_eager_s, launch_request_s, head_s, graph_tokens, heat_s=0.0, heat_memory_s=1.0,
+                 tile_s=0.0, tile_requests=1.0, shared_s=0.0):
         # fmt: on
         if len(decode_base) < 2 or len(mixed_base) < 2:
             raise ValueError("a step curve needs at least two points a table")

@@ -22,8 +22,11 @@ UTILISATION = 0.62  # of the peak in long prefills: 0.61-0.66 on our H200 runs
 
 
 class Arithmetic(msgspec.Struct, frozen=True):
-    """Seconds per prefill token in the layers, and per token x token of attention, of compute-bound work. ``tile_requests``: how many
-    requests it takes for every processor of the GPU to attend to one head of one of them; ``kv_s``: seconds to read one token's keys and values at the memory's full bandwidth; 0: unknown."""
+    """Seconds per prefill token in the layers, and per token x token of attention, of compute-bound work.
+
+    ``tile_requests``: how many requests it takes for every processor of the GPU to attend to one head of one of them; ``kv_s``:
+    seconds to read one token's 16-bit keys and values at the memory's full bandwidth; 0: unknown.
+    """
 
     token_s: float
     attention_s: float

@@ -1,6 +1,7 @@
 """Fit of the accelerator's work: one model for decode-only steps and for steps with prefill.
 
     work = G(tokens) + request_s * decode_requests + kv_s * context + attention_s * prefill_work + chunk_s * chunks
+           - shared_s * shared + tile_s * context / max(decode_requests, tile_requests)
            (+ mixed_s + mixed_kv_s * context + heat_s * prefill_tokens * heat in a step with prefill, + caching_s with prefix
            caching)
 
@@ -33,6 +34,7 @@ CACHING, SHARED = -4, -3  # columns
 KNEE = 0.05  # relative errors beyond it count linearly at first
 STALLED = 0.2  # and beyond this are stalls of the host, which also make the next step look short: they do not count
 SAMPLES_FEW = 40
+SHARED_FRACTION = 0.1  # of the context; less is within what counting by blocks leaves open
 HEAT_MEMORY_S = 0.1
 HOT_FRACTION = 0.12  # what arithmetic is believed to take longer under prefill without end: 9-16 % on our H200 runs
 HEAT_CELLS = np.array([500, 2000, 4000])  # tokens
@@ -182,7 +184,7 @@ def fit_work(
     target = (seen.seconds - least_kv_s * seen.context) / MILLI
     if not seen.caching.any() or seen.caching.all():
         columns[:, CACHING] = 0.0
-    if not seen.shared.any():
+    if (seen.shared > SHARED_FRACTION * seen.context).sum() < SAMPLES_FEW:
         columns[:, SHARED] = 0.0
     if prior is not None:
         known = _arithmetic_samples(prior, float(np.percentile(seen.seconds, 5)))
