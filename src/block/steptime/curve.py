@@ -48,9 +48,9 @@ class StepCurve:
         self.head_s = head_s
         self.graph_tokens = graph_tokens
         self.heat_s = heat_s
-        self.heat_memory_s = heat_memory_s
+        self.heat_memory_s = max(heat_memory_s, 1e-6)
         self.tile_s = tile_s
-        self.tile_requests = tile_requests
+        self.tile_requests = max(tile_requests, 1.0)
         self.shared_s = shared_s
 
     def decode_base_s(self, requests):
