@@ -2,8 +2,8 @@
 
     python bench/host_launches.py RUNS_DIR [--json]
 
-A launch shows where a step with prefill beyond the CUDA graphs follows decode-only steps (steptime/pace.py): from the results of the
-step before last to those of the last one. "In hindsight": the shipped profile with the stage's own mean launch.
+A launch shows where a step with prefill beyond the CUDA graphs follows a decode-only step (steptime/pace.py): from the results of
+the step before last to those of the last. "In hindsight": the shipped profile with the stage's own mean launch.
 """
 
 import argparse
@@ -51,10 +51,10 @@ def main() -> None:
         print(json.dumps({"stages": rows}))
         return
     for r in rows:
+        times = ", ".join(f"{name} {1e3 * r[f'{name}_s']:.1f}" for name in ("quartile", "median", "mean", "profile"))
+        hindsight = f"E2E P50 {r['hindsight_e2e_p50']:.2%}, mean {r['hindsight_e2e_mean']:+.1%}"
         print(
-            f"{r['run'].split('.seqs')[0]:24} {r['stage']:8} {r['launches']:4} launches: lower quartile {1e3 * r['quartile_s']:.1f}, median "
-            f"{1e3 * r['median_s']:.1f}, mean {1e3 * r['mean_s']:.1f}, profile {1e3 * r['profile_s']:.1f} ms; in hindsight E2E P50 "
-            f"{r['hindsight_e2e_p50']:.2%}, mean {r['hindsight_e2e_mean']:+.1%}"
+            f"{r['run'].split('.seqs')[0]:24} {r['stage']:8} {r['launches']:4} launches, ms: {times}; in hindsight {hindsight}"
         )
 
 
