@@ -62,3 +62,76 @@ def test_a_file_that_is_no_trace_is_refused_with_its_name(tmp_path: Path) -> Non
     path.write_bytes(b"plainly not gzip")
     with pytest.raises(BadInputError, match=r"not-a-trace\.jsonl\.gz"):
         validate_trace(path)
+
+
+def rewritten(path: Path, to: Path, header=lambda h: h, row=lambda r: r) -> Path:
+    """A trace in another form."""
+    first, *rest = map(json.loads, lines_of(path))
+    with gzip.open(to / path.name, "wt") as file:
+        file.write("\n".join(json.dumps(x) for x in [header(first), *map(row, rest)]))
+    return to / path.name
+
+
+def without_ends(row: dict) -> dict:
+    """As a server writes it that does not know where a request will stop: only who was aborted stays."""
+
+    def arrival(a: list) -> list | dict:
+        named = dict(
+            zip(("id", "prompt_tokens", "max_tokens", "priority", "output_tokens", "content"), a, strict=False)
+        )
+        if named.get("output_tokens") is not None:
+            del named["output_tokens"]
+        return named
+
+    return {**row, "arrivals": [arrival(a) for a in row["arrivals"]]}
+
+
+@pytest.mark.parametrize("path", TRACES, ids=lambda p: p.name.removesuffix(".jsonl.gz"))
+def test_where_a_request_stops_is_inferred_from_its_disappearance(path: Path, tmp_path: Path) -> None:
+    told, inferred = validate_trace(path), validate_trace(rewritten(path, tmp_path, row=without_ends))
+    assert inferred.mismatches == 0, inferred.first_mismatch
+    assert inferred.early_stops >= told.early_stops
+
+
+@pytest.mark.parametrize("path", TRACES, ids=lambda p: p.name.removesuffix(".jsonl.gz"))
+def test_other_forms_of_header_and_rows_mean_the_same(path: Path, tmp_path: Path) -> None:
+    def header(h: dict) -> dict:
+        engine = dict(h["engine"])
+        scheduler = {"scheduling_policy": engine.pop("policy"), "max_num_seqs": engine.pop("max_num_seqs")}
+        scheduler["chunked_prefill_enabled"] = engine.pop("enable_chunked_prefill", True)
+        engine["num_gpu_blocks_override"] = engine.pop("num_gpu_blocks")
+        return {"vllm_config": {**engine, "scheduler_config": scheduler, "lora_config": None, "seed": 0}}
+
+    def row(r: dict) -> dict:
+        other = {k: v for k, v in r.items() if k not in ("scheduled", "blocks_free", "preempted")}
+        other["num_scheduled_tokens"] = {str(k): n for k, n in r["scheduled"]}
+        other["preempted"] = len(r["preempted"])
+        return {**other, "kv_blocks_free": r["blocks_free"], "step": 1, "finished": []}
+
+    verdict = validate_trace(rewritten(path, tmp_path, header, row))
+    assert verdict.mismatches == 0, verdict.first_mismatch
+    assert verdict == validate_trace(path)
+
+
+def test_token_ids_say_what_prompts_share(tmp_path: Path) -> None:
+    header = json.loads(lines_of(TRACES[0].parent / "prefix.jsonl.gz")[0])["engine"]
+    shared = list(range(header["shared_prefix_tokens"]))
+
+    def row(r: dict) -> dict:
+        ids = {a[0]: (shared + [10_000 * (a[0] + 1) + i for i in range(a[1])])[: a[1]] for a in r["arrivals"]}
+        return {**r, "arrivals": [[a[0], ids[a[0]], *a[2:]] for a in r["arrivals"]]}
+
+    path = rewritten(
+        TRACES[0].parent / "prefix.jsonl.gz",
+        tmp_path,
+        lambda h: {"engine": {**header, "shared_prefix_tokens": None}},
+        row,
+    )
+    assert validate_trace(path).mismatches == 0
+
+
+@pytest.mark.parametrize(("key", "value"), [("speculative_config", {"method": "ngram"}), ("pipeline_parallel_size", 2)])
+def test_an_engine_that_the_model_does_not_know_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    path = rewritten(TRACES[0], tmp_path, lambda h: {"engine": {**h["engine"], key: value}})
+    with pytest.raises(BadInputError, match=key):
+        validate_trace(path)

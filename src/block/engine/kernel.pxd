@@ -10,6 +10,7 @@ cdef class FastEngine(EngineStore):
     cdef bint _idle(self) noexcept
     cdef void _run(self, double until_s) noexcept
     cdef void _settle(self) noexcept
+    cdef double _heat(self, int prefill) noexcept
     cdef void _tick(self, double step_s, double launch_s) noexcept
     cdef bint _jump(self, double until_s) noexcept
     cdef int _steps_before_change(self, double until_s, double first_s, double growth_s) noexcept

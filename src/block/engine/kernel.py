@@ -284,6 +284,14 @@ class FastEngine(EngineStore):
             if self.times[r, FIRST] < 0:
                 self.times[r, FIRST] = self.now
 
+    def _heat(self, prefill):
+        """The accelerator's heat when batch ``g`` starts; its own ``prefill`` tokens heat the next one."""
+        began: cython.double = max(self.gpu_end, self.now + self.curve.head_s)
+        heat: cython.double = self.curve.heat_after(self.heat, began - self.heated_s)
+        self.heat = heat + prefill
+        self.heated_s = began
+        return heat
+
     def _tick(self, step_s, launch_s):
         """Time from schedule ``g`` to schedule ``g + 1`` for a batch that computes something."""
         cpu: cython.double = self.now + launch_s
@@ -305,8 +313,10 @@ class FastEngine(EngineStore):
             return False
         if self.wait_n > 0 and self._head_fits(self.budget_max - self.nd, self.free - self.hist[self._residue(self.g)]):
             return False
-        first_s: cython.double = self.curve.decode_base_s(self.nd) + self.curve.kv_s * self.context
-        growth_s: cython.double = self.curve.kv_s * self.nd
+        first_s: cython.double = self.curve.decode_base_s(self.nd)
+        kv_s: cython.double = self.curve.decode_kv_s(self.nd)
+        growth_s: cython.double = kv_s * self.nd
+        first_s += kv_s * self.context - self.curve.shared_s * self.held * self.block_size
         launch_s: cython.double = self.curve.launch_s(self.nd, 0, 0)
         # The form holds while the accelerator, not the CPU, sets the pace.
         if self.lag == 1:
@@ -435,8 +445,10 @@ class FastEngine(EngineStore):
         self.prefill_n = kept
         if decodes + chunks == 0:
             return self._empty_step()
+        heat: cython.double = self._heat(prefill) if chunks > 0 else 0.0
         self._tick(
-            self.curve.gpu_s(decodes, context, prefill, work, chunks), self.curve.launch_s(decodes, prefill, chunks)
+            self.curve.gpu_s(decodes, context, prefill, work, chunks, heat, 1.0 * self.held * self.block_size),
+            self.curve.launch_s(decodes, prefill, chunks),
         )
         self.context += self.nd
         for i in range(completed):
@@ -469,6 +481,7 @@ class FastEngine(EngineStore):
             self.rows[r, COMPUTED] = self.rows[r, HIT]
             self.rows[r, BLOCKS] = self._blocks_for(self.rows[r, HIT] + tokens)
             self.free -= self.rows[r, BLOCKS] - self.rows[r, HELD]
+            self.held += self.rows[r, HELD]
             if self.cache is not None:
                 self.cache.fit(self.free)
             self.running_n += 1
@@ -512,11 +525,13 @@ class FastEngine(EngineStore):
         if self.cache is not None:
             self.cache.fit(self.free)
         self.free += blocks - self.rows[r, HELD]
+        self.held -= self.rows[r, HELD]
         self.rows[r, HELD] = 0
         if self.cache is None:
             return
         for heir, inherited in self.cache.release(r, over=over):
             self.rows[heir, HELD] -= inherited
+            self.held -= inherited
             self.free -= inherited
 
     # ---- memory pressure

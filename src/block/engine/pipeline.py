@@ -42,6 +42,7 @@ class Engine:
         self._arrivals: deque[tuple[float, Sequence]] = deque()
         self._cpu_free_s = now_s
         self._gpu_free_s = now_s
+        self._heat, self._heated_s = 0.0, now_s  # tokens prefilled lately, and when that was counted
         self._batches_max = 2 if limits.async_scheduling else 1
         self._stuck = False  # nothing to compute until something arrives or comes back
 
@@ -128,8 +129,12 @@ class Engine:
         chunks = len(batch.chunks)
         self._cpu_free_s = now_s + self.curve.launch_s(batch.decode_requests, batch.prefill_tokens, chunks)
         started_s = max(self._gpu_free_s, now_s + self.curve.head_s)
+        heat = 0.0
+        if chunks:
+            heat = self.curve.heat_after(self._heat, started_s - self._heated_s)
+            self._heat, self._heated_s = heat + batch.prefill_tokens, started_s
         step_s = self.curve.gpu_s(
-            batch.decode_requests, batch.context, batch.prefill_tokens, batch.prefill_work, chunks
+            batch.decode_requests, batch.context, batch.prefill_tokens, batch.prefill_work, chunks, heat, batch.shared
         )
         self._gpu_free_s = max(started_s + step_s, self._cpu_free_s)
         self.in_flight.append(Flight(batch, now_s, started_s, self._gpu_free_s))

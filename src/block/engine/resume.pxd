@@ -2,7 +2,7 @@ from block.engine.kernel cimport FastEngine
 
 cpdef restore(
     FastEngine engine, requests, totals, hits, int running, int free, double taken_s, int batches, double batch_1_started_s,
-    double newest_scheduled_s)
+    double newest_scheduled_s, double heat=*)
 cdef void _restore(
     FastEngine engine, int[:, ::1] requests, int[::1] totals, int[::1] hits, int running, int batches,
     double batch_1_started_s, double newest_scheduled_s) noexcept

@@ -69,16 +69,20 @@ IN_SAMPLES_1 = cython.declare(cython.int, 2)
 IN_SAMPLES_2 = cython.declare(cython.int, 4)
 
 
-def restore(engine, requests, totals, hits, running, free, taken_s, batches, batch_1_started_s, newest_scheduled_s):
+def restore(
+    engine, requests, totals, hits, running, free, taken_s, batches, batch_1_started_s, newest_scheduled_s, heat=0.0
+):
     """Make ``engine`` (a FastEngine of the same limits) continue from a snapshot (see ``predict.snapshot``).
 
     ``requests``: (FIELDS, n) int32; ``totals``: (n,) int32 expected total output tokens; ``hits``: (n,) int32 prompt
-    tokens of waiting requests that are in the prefix cache; ``batches`` in flight 0-2; times in seconds.
+    tokens of waiting requests that are in the prefix cache; ``batches`` in flight 0-2; times in seconds; ``heat``: of the
+    finished steps, at ``taken_s`` (see ``curve``).
     """
     n = requests.shape[1]
     if engine.capacity < n + 1:
         engine._allocate_arrays(2 * (n + 1))
     engine._clear(taken_s, free)
+    engine.heat = heat
     _restore(engine, requests, totals, hits, running, batches, batch_1_started_s, newest_scheduled_s)
 
 
@@ -192,7 +196,9 @@ def _batch_s(engine, requests, batch, followed):
             work += tokens * (computed + 0.5 * tokens)
     if decodes + chunks == 0:
         return 0.0
-    return engine.curve.gpu_s(decodes, context, prefill, work, chunks)
+    seconds: cython.double = engine.curve.gpu_s(decodes, context, prefill, work, chunks, engine.heat)
+    engine.heat += prefill
+    return seconds
 
 
 def _batch_launch_s(engine, requests, batch):

@@ -213,6 +213,8 @@ class Scheduler:
             if samples:
                 seq.placeholders += 1
             batch.samples.append(samples)
+        if self.pool is not None:
+            batch.shared = self._shared_blocks() * self._block_size
 
     # ---- update
 
@@ -299,6 +301,14 @@ class Scheduler:
     @cython.cfunc
     def _free_blocks(self) -> cython.longlong:
         return self._free if self.pool is None else len(self.pool.free)
+
+    @cython.cfunc
+    def _shared_blocks(self) -> cython.longlong:
+        """Blocks of running sequences counted once for each but the first that holds them."""
+        held: cython.longlong = 0
+        for seq in self.running:
+            held += cython.cast(Sequence, seq).blocks
+        return held - (self.limits.blocks_usable - self._free_blocks())
 
     @cython.cfunc
     def _blocks_for(self, tokens: cython.longlong) -> cython.longlong:

@@ -36,4 +36,5 @@ cdef class Batch:
     cdef public long long context
     cdef public long long prefill_tokens
     cdef public double prefill_work
+    cdef public long long shared
     cdef public list preempted

@@ -59,7 +59,8 @@ class Batch:
     """What one step computes: aligned lists, and the aggregates a step-time model needs.
 
     ``context`` sums the tokens already in cache of the decoding requests; ``prefill_work`` sums, over prefill
-    chunks, tokens x (computed before + tokens / 2). ``chunks`` lists (tokens, computed before).
+    chunks, tokens x (computed before + tokens / 2). ``chunks`` lists (tokens, computed before). ``shared``: tokens of the running
+    sequences' blocks that another one holds too, counted once less than held.
     """
 
     def __init__(self):
@@ -72,4 +73,5 @@ class Batch:
         self.context = 0
         self.prefill_tokens = 0
         self.prefill_work = 0.0
+        self.shared = 0
         self.preempted = []

@@ -56,6 +56,9 @@ cdef class EngineStore:
     cdef long long waiting_tokens
     cdef double now
     cdef double gpu_end
+    cdef double heat  # tokens prefilled lately (see curve)
+    cdef int held  # blocks of running requests that are charged to another one
+    cdef double heated_s  # when that was counted
     cdef bint in_flight  # whether batch g-1 computes anything
     cdef int target
     cdef long long preemption_count

@@ -74,7 +74,9 @@ class EngineStore:
         self.g = self.nd = self.running_n = 0
         self.context = self.waiting_tokens = self.preemption_count = self.step_count = 0
         self.free = free
-        self.now = self.gpu_end = now_s
+        self.now = self.gpu_end = self.heated_s = now_s
+        self.heat = 0.0
+        self.held = 0
         self.in_flight = False
         self.target = -1
         for i in range(self.block_size):
@@ -154,6 +156,7 @@ class EngineStore:
         self.g, self.nd, self.running_n, self.free = other.g, other.nd, other.running_n, other.free
         self.context, self.waiting_tokens = other.context, other.waiting_tokens
         self.now, self.gpu_end, self.in_flight = other.now, other.gpu_end, other.in_flight
+        self.heat, self.heated_s, self.held = other.heat, other.heated_s, other.held
         self.target, self.preemption_count, self.step_count = -1, 0, 0
 
     # ---- queues

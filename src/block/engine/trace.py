@@ -2,8 +2,8 @@
 
 Format (gzip JSON lines): a header ``{"engine": {limits...}}``, then one object per ``schedule()`` call with the arrivals
 since the last call ``[id, prompt_tokens, max_tokens, priority(, output_tokens(, content))]``, scheduled ``[id, tokens]``, and
-running, waiting, blocks_free, preempted after the call. ``output_tokens`` is ``null`` for a request that was aborted;
-``content`` numbers the content up to the end of each of its first full blocks, equal where two requests agree.
+running, waiting, blocks_free, preempted after the call. ``trace_rows`` describes what else is understood. A request that is neither
+running nor waiting any more has ended: by EOS if the results just taken in have a token for it, else it was aborted.
 """
 
 import gzip
@@ -15,10 +15,11 @@ from typing import Any
 
 import msgspec
 
-from block.engine.limits import limits_from
+from block.engine.limits import EngineLimits
 from block.engine.scheduler import Scheduler
 from block.engine.sequence import Sequence
-from block.errors import BadInputError
+from block.engine.trace_rows import Arrival, Call, Chains, read_call, read_header
+from block.errors import BadInputError, BlockError
 
 
 class TraceVerdict(msgspec.Struct, frozen=True):
@@ -36,88 +37,119 @@ def validate_trace(path: Path) -> TraceVerdict:
     """Compare the model with a recorded trace, call by call; after a mismatch the model goes on from its own state.
 
     Raises:
-        BadInputError: the file is not such a trace.
+        BadInputError: the file is not such a trace, or its engine does what the model does not.
     """
-    header, calls = _read(path)
-    limits = limits_from(header)
-    shared_blocks = int(header.get("shared_prefix_tokens", 0)) // limits.block_size
-    shared_keys = [("shared", i) for i in range(shared_blocks)]
-    scheduler = Scheduler(limits)
-    sequences: dict[Any, Any] = {}
-    in_flight: deque[Any] = deque()
-    batches_max = 2 if limits.async_scheduling else 1
-    mismatches, first, preemptions, early_stops = 0, None, 0, 0
-    for number, call in enumerate(calls):
-        for arrival in call["arrivals"]:
-            key, prompt, max_tokens, priority = arrival[:4]
-            # The recorder kept ids in arrival order, which is vLLM's tie-break too.
-            sequences[key] = Sequence(
-                key,
-                prompt,
-                max_tokens,
-                priority=priority,
-                order=float(len(sequences)),
-                stop_after=arrival[4] if len(arrival) > 4 else None,
-                block_keys=arrival[5] if len(arrival) > 5 else shared_keys[: prompt // limits.block_size],
-            )
-            scheduler.add(sequences[key])
-        early_stops += _end_as_recorded(scheduler, call)
-        batch = scheduler.schedule()
-        preemptions += len(batch.preempted)
-        wrong = _difference(scheduler, batch, call)
-        if wrong:
-            mismatches += 1
-            first = first or {"call": number, **wrong}
-        if batch.sequences:
-            in_flight.append(batch)
-        if len(in_flight) >= batches_max or not batch.sequences:
-            if in_flight:
-                scheduler.update(in_flight.popleft())
-    return TraceVerdict(len(calls), mismatches, first, len(sequences), preemptions, early_stops)
+    limits, calls = _read(path)
+    return _Replay(limits).run(calls)
 
 
-def _difference(scheduler: Any, batch: Any, call: Mapping[str, Any]) -> dict[str, Any]:
-    model = {
-        "scheduled": {s.key: n for s, n in zip(batch.sequences, batch.tokens, strict=True)},
-        "running": [s.key for s in scheduler.running],
-        "waiting": [s.key for s in scheduler.waiting],
-        "blocks_free": scheduler.blocks_free,
-        "preempted": [s.key for s in batch.preempted],
-    }
-    real = {**call, "scheduled": {k: n for k, n in call["scheduled"]}}
-    return {
-        field: {"model": model[field], "real": real[field]}
-        for field in model
-        if field in real and model[field] != real[field]
-    }
+class _Replay:
+    def __init__(self, limits: EngineLimits) -> None:
+        self._scheduler = Scheduler(limits)
+        self._sequences: dict[str, Any] = {}
+        self._aborted: set[str] = set()  # known beforehand to be aborted
+        self._in_flight: deque[Any] = deque()
+        self._batches_max = 2 if limits.async_scheduling else 1
+        self._early_stops = 0
+
+    def run(self, calls: list[Call]) -> TraceVerdict:
+        scheduler, in_flight = self._scheduler, self._in_flight
+        mismatches, first, preemptions = 0, None, 0
+        for number, call in enumerate(calls):
+            for arrival in call.arrivals:
+                self._arrive(arrival)
+            self._abort_as_recorded(call)
+            batch = scheduler.schedule()
+            preemptions += len(batch.preempted)
+            wrong = self._difference(batch, call)
+            if wrong:
+                mismatches += 1
+                first = first or {"call": number, **wrong}
+            if batch.sequences:
+                in_flight.append(batch)
+            if in_flight and (len(in_flight) >= self._batches_max or not batch.sequences):
+                oldest = in_flight.popleft()
+                if number + 1 < len(calls):
+                    self._stop_as_recorded(oldest, calls[number + 1])
+                scheduler.update(oldest)
+        return TraceVerdict(len(calls), mismatches, first, len(self._sequences), preemptions, self._early_stops)
+
+    def _arrive(self, arrival: Arrival) -> None:
+        # The recorder kept ids in arrival order, which is vLLM's tie-break too.
+        sequence = Sequence(
+            arrival.key, arrival.prompt_tokens, arrival.max_tokens, priority=arrival.priority,
+            order=float(len(self._sequences)), stop_after=arrival.output_tokens, block_keys=arrival.content,
+        )  # fmt: skip
+        self._sequences[str(arrival.key)] = sequence
+        if arrival.aborted:
+            self._aborted.add(str(arrival.key))
+        self._scheduler.add(sequence)
+
+    def _stop_as_recorded(self, batch: Any, following: Call) -> None:
+        """Let the requests that get a token now and are gone at the next call end with it, as by EOS.
+
+        Before their results are taken in, because what ends together gives back its blocks in the batch's order.
+        """
+        for sequence, samples in zip(batch.sequences, batch.samples, strict=True):
+            name = str(sequence.key)
+            if (
+                samples
+                and name not in self._aborted
+                and following.gone(name)
+                and sequence.output < sequence.stop_after - 1
+            ):
+                sequence.stop_after = sequence.output + 1
+                self._early_stops += 1
+
+    def _abort_as_recorded(self, call: Call) -> None:
+        """End what the real engine had ended before this call, and not with its last token."""
+        present = (*self._scheduler.running, *self._scheduler.waiting)
+        for sequence in [s for s in present if call.gone(str(s.key))]:
+            self._scheduler.abort(sequence)
+            self._early_stops += 1
+
+    def _difference(self, batch: Any, call: Call) -> dict[str, Any]:
+        """The fields of ``call`` in which the model decided otherwise."""
+        scheduler = self._scheduler
+        model: dict[str, Any] = {
+            "scheduled": {s.key: n for s, n in zip(batch.sequences, batch.tokens, strict=True)},
+            "running": [s.key for s in scheduler.running],
+            "waiting": [s.key for s in scheduler.waiting],
+            "blocks_free": scheduler.blocks_free,
+            "preempted": [s.key for s in batch.preempted],
+        }
+        wrong = {}
+        for field, real in call.decisions.items():
+            ours = model[field]
+            if isinstance(real, int) and not isinstance(ours, int):
+                ours = len(ours)  # only a count was recorded
+            if _named(ours) != _named(real):
+                wrong[field] = {"model": ours, "real": real}
+        return wrong
 
 
-def _end_as_recorded(scheduler: Any, call: Mapping[str, Any]) -> int:
-    """End what the real engine had ended before this call though its ``max_tokens`` were not reached."""
-    present = {*call["running"], *call["waiting"]}
-    gone = [s for s in (*scheduler.running, *scheduler.waiting) if s.key not in present]
-    for sequence in gone:
-        scheduler.abort(sequence)
-    return len(gone)
+def _named(value: Any) -> Any:
+    """Ids as strings: one trace may write them as numbers and, as keys of an object, as strings."""
+    if isinstance(value, Mapping):
+        return {str(key): tokens for key, tokens in value.items()}
+    return [str(key) for key in value] if isinstance(value, list) else value
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _read(path: Path) -> tuple[EngineLimits, list[Call]]:
     try:
         with gzip.open(path, "rt") as lines:
             return _parse(lines)
+    except BlockError:
+        raise
     except FileNotFoundError as error:
         raise BadInputError(f"There is no trace file {path}.") from error
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise BadInputError(
-            f"{path} is not a scheduler trace (gzip JSON lines, first an engine header): {error}."
+            f"{path} is not a scheduler trace (gzip JSON lines, first an engine header): {error!r}."
         ) from error
 
 
-def _parse(lines: Iterator[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    header = json.loads(next(lines))["engine"]
-    calls = [json.loads(line) for line in lines]
-    for call in calls:
-        for field in ("arrivals", "scheduled", "running", "waiting", "blocks_free", "preempted"):
-            if field not in call:
-                raise KeyError(f"a call lacks {field!r}")
-    return header, calls
+def _parse(lines: Iterator[str]) -> tuple[EngineLimits, list[Call]]:
+    limits, shared_tokens = read_header(json.loads(next(lines)))
+    chains: Chains = {}
+    return limits, [read_call(json.loads(line), limits, shared_tokens, chains) for line in lines if line.strip()]

@@ -65,8 +65,17 @@ class Mirror:
         restore(
             self.engine, requests, totals, hits, int(header["running"]), int(header["kv_blocks_free"]), float(header["taken_s"]),
             int(header["batches_in_flight"]), float(header["batch_1_started_s"]), float(header["newest_scheduled_s"]),
+            self._heat(snapshot),
         )  # fmt: skip
         self.taken_s = float(header["taken_s"])
+
+    def _heat(self, snapshot: EngineSnapshot) -> float:
+        """Tokens prefilled lately, by the snapshot's finished steps (see ``StepCurve``)."""
+        steps = snapshot.steps
+        if not self.curve.heat_s or not steps["prefill_tokens"].any():
+            return 0.0
+        age_s = np.maximum(float(snapshot.header["taken_s"]) - steps["finished_s"], 0.0)
+        return float(steps["prefill_tokens"] @ np.exp(-age_s / self.curve.heat_memory_s))
 
     def add(
         self, key: int, prompt_tokens: int, max_tokens: int, expected_total: int, arrived_s: float, priority: int = 0,

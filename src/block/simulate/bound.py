@@ -43,6 +43,8 @@ def pooled(config: SimulationConfig) -> SimulationConfig:
         mixed_knots=_widened(profile.mixed_knots, count), kv_s=profile.kv_s / count,
         attention_s=profile.attention_s / count, chunk_s=profile.chunk_s / count, request_s=profile.request_s / count,
         launch_request_s=profile.launch_request_s / count,
+        kv_mixed_s=None if profile.kv_mixed_s is None else profile.kv_mixed_s / count, shared_s=profile.shared_s / count,
+        tile_requests=profile.tile_requests * count, heat_s=profile.heat_s / count**2,
     )  # fmt: skip
     group = InstanceGroup(count=1, profile=wide, speed=first.speed, limits=limits)
     return msgspec.structs.replace(config, instances=[group], policy="round-robin", failures=[])
@@ -93,7 +95,8 @@ def _least_s(group: InstanceGroup, prompt: Floats, output: Floats) -> float:
     least = (
         steps * (min(fixed_s, mixed_s) + head_s) + profile.chunk_s + float(output.mean() - 1) * min(token_s, prefill_s)
     )
-    least += float(prompt.mean()) * prefill_s + profile.kv_s * float(context.mean())
+    kv_s = profile.kv_s + profile.tile_s / max(limits.max_num_seqs, profile.tile_requests)
+    least += float(prompt.mean()) * prefill_s + kv_s * float(context.mean())
     return least + profile.attention_s * float((prompt * prompt / 2).mean())
 
 

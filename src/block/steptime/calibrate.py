@@ -58,6 +58,7 @@ class Calibration:
         self._windows = 0
         self._last_finished_s = -math.inf
         self._pending: list[Any] = []
+        self._heat, self._heated_s = 0.0, -math.inf
 
     @property
     def state(self) -> CalibrationState:
@@ -104,7 +105,11 @@ class Calibration:
         now_s = min(float(steps[1]["scheduled_s"] - steps[0]["finished_s"]), 0.0) if overlapped else 0.0
         for step in steps[1:]:
             n, tokens, chunks = int(step["decode_requests"]), int(step["prefill_tokens"]), int(step["chunks"])
-            work_s = curve.gpu_s(n, float(step["context"]), tokens, float(step["prefill_work"]), chunks)
+            heat = 0.0
+            if chunks:
+                heat = curve.heat_after(self._heat, float(step["finished_s"]) - self._heated_s)
+                self._heat, self._heated_s = heat + tokens, float(step["finished_s"])
+            work_s = curve.gpu_s(n, float(step["context"]), tokens, float(step["prefill_work"]), chunks, heat)
             free_s = now_s + curve.launch_s(n, tokens, chunks)
             # With two batches in flight the next one is scheduled when the results of the one before are in.
             taken_s = max(end_s, free_s)

@@ -1,14 +1,23 @@
 """How long one step takes: the compiled evaluation of a step-time profile.
 
-A decode-only step of n requests takes ``decode_base[n] + kv_s * context``: linear in the context, so that many steps of one batch
-have a closed form. A step with prefill takes ``mixed_base[tokens] + request_s * n + kv_mixed_s * context +
-attention_s * prefill_work + chunk_s * chunks``, where tokens are the batch's, decoding ones included.
+A decode-only step of n requests takes ``decode_base[n] + (kv_s + tile_s / max(n, tile_requests)) * context - shared_s * shared``:
+linear in the context, so that many steps of one batch have a closed form. The tile is what the last of the accelerator's processors
+still has to do when the others have nothing left: about one request's context, once there are more requests than processors for
+each head. A step with prefill takes ``mixed_base[tokens] + request_s * n + kv_mixed_s * context +
+attention_s * prefill_work + chunk_s * chunks + heat_s * prefill_tokens * heat``, where tokens are the batch's, decoding ones
+included, and heat is how many tokens the accelerator has prefilled lately: each counts exp(-age / heat_memory_s). Under
+sustained prefill the accelerator reaches its power limit and slows its clock down; what reads memory only, decoding, is spared.
 ``launch_s`` is how long the CPU is busy with scheduling and launching the step:
 the results of the step before it are not looked at earlier. An idle accelerator starts ``head_s`` after the step is
 scheduled. See docs/engine-model.md.
 """
 
 import cython
+
+if cython.compiled:
+    from cython.cimports.libc.math import exp
+else:
+    from math import exp
 
 
 class StepCurve:
@@ -20,7 +29,8 @@ class StepCurve:
 
     # fmt: off
     def __init__(self, decode_base, mixed_base, kv_s, kv_mixed_s, attention_s, chunk_s, request_s, launch_decode_s,
-                 launch_graph_s, launch_eager_s, launch_request_s, head_s, graph_tokens):
+                 launch_graph_s, launch_eager_s, launch_request_s, head_s, graph_tokens, heat_s=0.0, heat_memory_s=1.0,
+                 tile_s=0.0, tile_requests=1.0, shared_s=0.0):
         # fmt: on
         if len(decode_base) < 2 or len(mixed_base) < 2:
             raise ValueError("a step curve needs at least two points a table")
@@ -37,6 +47,11 @@ class StepCurve:
         self.launch_request_s = launch_request_s
         self.head_s = head_s
         self.graph_tokens = graph_tokens
+        self.heat_s = heat_s
+        self.heat_memory_s = max(heat_memory_s, 1e-6)
+        self.tile_s = tile_s
+        self.tile_requests = max(tile_requests, 1.0)
+        self.shared_s = shared_s
 
     def decode_base_s(self, requests):
         """Seconds of a decode-only step before its context is counted."""
@@ -45,10 +60,15 @@ class StepCurve:
             return self.decode_base[requests]
         return self.decode_base[last] + (requests - last) * (self.decode_base[last] - self.decode_base[last - 1])
 
-    def gpu_s(self, decode_requests, context, prefill_tokens, prefill_work, chunks):
-        """Seconds that the accelerator works on one step."""
+    def decode_kv_s(self, requests):
+        """Seconds per token of context in a decode-only step of so many requests."""
+        return self.kv_s + self.tile_s / max(requests, self.tile_requests)
+
+    def gpu_s(self, decode_requests, context, prefill_tokens, prefill_work, chunks, heat=0.0, shared=0.0):
+        """Seconds that the accelerator works on one step; ``heat`` in tokens, of before it; ``shared``: tokens of the context that
+        are in the cache for another request too."""
         if chunks == 0:
-            return self.decode_base_s(decode_requests) + self.kv_s * context
+            return self.decode_base_s(decode_requests) + self.decode_kv_s(decode_requests) * context - self.shared_s * shared
         tokens: cython.longlong = decode_requests + prefill_tokens
         last: cython.longlong = len(self.mixed_base) - 1
         base: cython.double
@@ -56,8 +76,13 @@ class StepCurve:
             base = self.mixed_base[tokens]
         else:
             base = self.mixed_base[last] + (tokens - last) * (self.mixed_base[last] - self.mixed_base[last - 1])
-        base += self.request_s * decode_requests + self.kv_mixed_s * context
-        return base + self.attention_s * prefill_work + self.chunk_s * chunks
+        base += self.request_s * decode_requests - self.shared_s * shared
+        base += (self.kv_mixed_s + self.tile_s / max(decode_requests, self.tile_requests)) * context
+        return base + self.attention_s * prefill_work + self.chunk_s * chunks + self.heat_s * prefill_tokens * heat
+
+    def heat_after(self, heat, elapsed_s):
+        """What is left of the heat after some seconds."""
+        return heat * exp(-elapsed_s / self.heat_memory_s) if elapsed_s > 0 else heat
 
     def launch_s(self, decode_requests, prefill_tokens, chunks):
         """Seconds that the CPU is busy with one step: from taking in results over scheduling to its last kernel launch."""

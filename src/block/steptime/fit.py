@@ -18,10 +18,11 @@ from block.steptime.refine import refine
 from block.steptime.roofline import Arithmetic
 from block.steptime.steplog import StepLog
 from block.steptime.windows import errors_by_regime
-from block.steptime.work import WorkFit, fit_work, samples, together
+from block.steptime.work import HEAT_MEMORY_S, WorkFit, even, fit_work, samples, together
 
 LAUNCH_ROUNDS = 2
 MIXED_FEW = 20  # fewer steps that show a prefill's work say less than arithmetic does
+MIXED_ALONE = 60  # with as many, decode-only steps need not help out
 
 Logs = Sequence[tuple[StepLog, EngineLimits]]
 
@@ -56,7 +57,10 @@ def fit_profile(
         for i, (log, limits) in enumerate(logs)
         for k in [steady(log)]
     ]
-    decode = fit_work(together(plain), None)
+    tile_requests, least_kv_s = (
+        (subject.prior.tile_requests, subject.prior.kv_s) if subject.prior is not None else (0.0, 0.0)
+    )
+    decode = fit_work(together(plain), None, tile_requests, least_kv_s)
     if decode is None:
         raise BadInputError("The step logs hold too few decode-only steps in a row to fit a profile.")
     progress("launches")
@@ -66,17 +70,18 @@ def fit_profile(
         launch = fit_launch(seen, launch)
     progress("steps with prefill")
     mixed = [
-        samples(log, limits, i, *work_samples(one, launch))
+        even(samples(log, limits, i, *work_samples(one, launch)), decode)
         for i, ((log, limits), one) in enumerate(zip(logs, seen, strict=True))
     ]
-    enough = sum(len(m.seconds) for m in mixed) >= MIXED_FEW
-    if not enough and subject.prior is None:
+    count = sum(len(m.seconds) for m in mixed)
+    if count < MIXED_FEW and subject.prior is None:
         raise BadInputError("The step logs hold too few steps with prefill to fit a profile.")
-    work = fit_work(together([*plain, *mixed]) if enough else together(plain), subject.prior)
+    work = fit_work(together(mixed), subject.prior, 0.0, least_kv_s) if count >= MIXED_ALONE else None
+    work = work or fit_work(together([*plain, *mixed] if count >= MIXED_FEW else plain), subject.prior)
     assert work is not None  # there were enough samples before
     progress("windows")
     most = max(int(log.decode_requests.max()) for log, _ in logs)
-    profile = refine(logs, _profile(work, launch, most, subject), lambda: progress("windows"))
+    profile = refine(logs, _profile(decode, work, launch, most, subject), lambda: progress("windows"))
     delays = fit_delays(calls)
     return msgspec.structs.replace(
         profile,
@@ -87,7 +92,7 @@ def fit_profile(
     )
 
 
-def _profile(work: WorkFit, launch: LaunchFit, most: int, subject: Subject) -> StepTimeProfile:
+def _profile(decode: WorkFit, work: WorkFit, launch: LaunchFit, most: int, subject: Subject) -> StepTimeProfile:
     decode_s, graph_s, eager_s = map(float, launch.kind_s)
     return StepTimeProfile(
         name=subject.name,
@@ -95,14 +100,19 @@ def _profile(work: WorkFit, launch: LaunchFit, most: int, subject: Subject) -> S
         model=subject.model,
         tensor_parallel=subject.tensor_parallel,
         source=subject.source,
-        decode_knots=work.decode_table(most),
+        decode_knots=decode.decode_table(most),
         mixed_knots=work.mixed_table(),
-        kv_s=work.kv_s,
+        kv_s=decode.kv_s,
         kv_mixed_s=work.kv_s + work.mixed_kv_s,
         attention_s=work.attention_s,
         chunk_s=work.chunk_s,
         request_s=work.request_s,
-        caching_s=work.caching_s,
+        caching_s=decode.caching_s,
+        shared_s=decode.shared_s,
+        tile_s=decode.tile_s,
+        tile_requests=decode.tile_requests,
+        heat_s=work.heat_s,
+        heat_memory_s=HEAT_MEMORY_S,
         launch_decode_s=decode_s,
         launch_graph_s=graph_s,
         launch_eager_s=eager_s,

@@ -100,6 +100,18 @@ def ends(one: Observed, waited: npt.NDArray[np.bool_]) -> Floats:
     return found
 
 
+def shown_launches(one: Observed, usual: LaunchFit) -> Floats:
+    """Rows (kind, requests, seconds) of the launches with prefill that the decode step before them waited for."""
+    log, s, u = one.log, one.log.scheduled_s, one.log.finished_s
+    usual_s = usual.seconds(log, one.kinds)
+    end = ends(one, waited_for(one, usual_s))
+    k = np.arange(2, len(s) - 1)
+    in_flight = (s[k] < u[k - 1]) & (s[k - 1] < u[k - 2])
+    free = end[k - 1] - u[k - 2] < FREE_FRACTION * usual_s[k]
+    k = k[in_flight & log.pure_decode[k - 1] & ~log.pure_decode[k] & free]
+    return np.column_stack([one.kinds[k], log.decode_requests[k] + log.chunks[k], u[k - 1] - u[k - 2]])
+
+
 def fit_launch(seen: Sequence[Observed], start: LaunchFit) -> LaunchFit:
     """Mean launch times by kind, from steps whose launch is what the decode step before them waited for.
 
@@ -110,14 +122,10 @@ def fit_launch(seen: Sequence[Observed], start: LaunchFit) -> LaunchFit:
     tails: list[Floats] = []
     for one in seen:
         log, s, u = one.log, one.log.scheduled_s, one.log.finished_s
-        usual = start.seconds(log, one.kinds)
-        end = ends(one, waited_for(one, usual))
         k = np.arange(2, len(s) - 1)
         in_flight = (s[k] < u[k - 1]) & (s[k - 1] < u[k - 2])
         tails.append((u[k - 1] - u[k - 2])[in_flight & log.pure_decode[k] & ~log.pure_decode[k - 1]])
-        free = end[k - 1] - u[k - 2] < FREE_FRACTION * usual[k]
-        k = k[in_flight & log.pure_decode[k - 1] & ~log.pure_decode[k] & free]
-        rows.append(np.column_stack([one.kinds[k], log.decode_requests[k] + log.chunks[k], u[k - 1] - u[k - 2]]))
+        rows.append(shown_launches(one, start))
     request_s = _slope(rows)
     found = np.concatenate(rows)
     result = start.kind_s.copy()

@@ -30,7 +30,10 @@ class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     ``decode_knots``: (decode requests, seconds), ``mixed_knots``: (tokens of a step with prefill, seconds), both linear
     between knots and beyond the last two. ``kv_mixed_s``: seconds a context token in steps with prefill
-    [kv_s]. ``caching_s``: what every step takes longer with prefix caching on.
+    [kv_s]. ``caching_s``: what every step takes longer with prefix caching on, ``eager_s``: a step with prefill that is
+    too large for a captured CUDA graph. ``heat_s``: seconds per prefill token and token
+    prefilled within the last ``heat_memory_s`` (seconds, e-folding). ``tile_s``: seconds per token of the mean context, of which
+    fewer than ``tile_requests`` requests share one. ``shared_s``: seconds spared per token of context that another request has too.
     ``input_s``: from the API's arrival to the scheduler's queue; ``output_s`` + ``output_request_s`` per request of the
     batch: from a step's results to the caller.
     """
@@ -49,6 +52,12 @@ class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     chunk_s: float = 0.0
     request_s: float = 0.0
     caching_s: float = 0.0
+    eager_s: float = 0.0
+    heat_s: float = 0.0
+    heat_memory_s: float = 1.0
+    tile_s: float = 0.0
+    tile_requests: float = 1.0
+    shared_s: float = 0.0
     launch_decode_s: float = 0.0
     launch_graph_s: float = 0.0
     launch_eager_s: float = 0.0
@@ -67,12 +76,16 @@ class StepTimeProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         """
         limits = limits or EngineLimits()
         more_s = self.caching_s if limits.enable_prefix_caching else 0.0
+        mixed = _dense(self.mixed_knots, scale, more_s)
+        for tokens in range(graph_tokens(limits) + 1, len(mixed)):
+            mixed[tokens] += self.eager_s * scale
         return StepCurve(
-            _dense(self.decode_knots, scale, more_s), _dense(self.mixed_knots, scale, more_s), self.kv_s * scale,
+            _dense(self.decode_knots, scale, more_s), mixed, self.kv_s * scale,
             (self.kv_s if self.kv_mixed_s is None else self.kv_mixed_s) * scale,
             self.attention_s * scale, self.chunk_s * scale, self.request_s * scale, self.launch_decode_s * scale,
             self.launch_graph_s * scale, self.launch_eager_s * scale, self.launch_request_s * scale, self.head_s * scale,
-            graph_tokens(limits),
+            graph_tokens(limits), self.heat_s * scale, self.heat_memory_s,
+            self.tile_s * scale, self.tile_requests, self.shared_s * scale,
         )  # fmt: skip
 
 

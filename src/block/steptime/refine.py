@@ -1,7 +1,7 @@
-"""Last stage of a fit: one bounded factor that makes whole windows come out right on average.
+"""Last stage of a fit: what steps beyond the CUDA graphs take longer, so that whole windows come out right on average.
 
-The direct estimates see clean steps only; what adds up in a run also has the work that hides behind a launch and the
-accelerator's slowing down under long prefills. The factor multiplies the work of steps with prefill, nothing else.
+The direct estimates see clean steps only, and medians: a step whose kernels are launched one by one also waits for the CPU now and
+then, most of all while the host is slow. That adds up in a run and is found here as one constant, ``eager_s``.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,47 +11,40 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from block.engine.limits import EngineLimits
-from block.steptime.profile import StepTimeProfile
+from block.steptime.profile import StepTimeProfile, graph_tokens
 from block.steptime.regress import Floats
 from block.steptime.steplog import StepLog
-from block.steptime.windows import Window, windows
+from block.steptime.windows import windows
 
-LEAST, MOST = 0.85, 1.2
+MOST_S = 5e-3
 PAUSE_FRACTION = 0.25  # a window that the starting profile misses by more had a pause in it
-PULL_S = 1e-3  # what being off 1 by a hundred per cent counts, in seconds of a typical window
-
-
-def scaled(profile: StepTimeProfile, factor: float) -> StepTimeProfile:
-    """The profile with the work of steps with prefill multiplied."""
-    return msgspec.structs.replace(
-        profile,
-        mixed_knots=[(tokens, seconds * factor) for tokens, seconds in profile.mixed_knots],
-        attention_s=profile.attention_s * factor,
-    )
+PULL = 1e-3  # weight of the constant itself: it stays 0 where nothing shows it
 
 
 def refine(
     logs: Sequence[tuple[StepLog, EngineLimits]], profile: StepTimeProfile, progress: Callable[[], None] = lambda: None
 ) -> StepTimeProfile:
-    """The profile with its factor fitted to the windows that begin in a running engine; unchanged if there are none."""
-
-    def counts(window: Window) -> bool:
-        usual = abs(window.modelled_s / window.measured_s - 1) < PAUSE_FRACTION
-        return window.prefills > 0 and not window.from_idle and usual
-
-    usable = [{w.last for w in windows(log, profile, limits) if counts(w)} for log, limits in logs]
+    """The profile with its constant fitted to the windows that begin in a running engine; unchanged if there are none."""
+    usable, eager = [], []
+    for log, limits in logs:
+        beyond = np.cumsum((log.tokens > graph_tokens(limits)) & ~log.pure_decode)
+        found = [w for w in windows(log, profile, limits) if not w.from_idle]
+        found = [w for w in found if abs(w.modelled_s / w.measured_s - 1) < PAUSE_FRACTION]
+        count = {w.last: int(beyond[w.last] - beyond[w.first]) for w in found}
+        usable.append({last for last, n in count.items() if n > 0})
+        eager.append(count)
     if not any(usable):
         return profile
 
-    def off(factor: Floats) -> Floats:
+    def off(constant: Floats) -> Floats:
         progress()
-        rows = [(np.asarray(factor) - 1) * PULL_S]
-        trial = scaled(profile, float(factor[0]))
-        for (log, limits), use in zip(logs, usable, strict=True):
+        rows = [np.asarray(constant) * PULL]
+        trial = msgspec.structs.replace(profile, eager_s=float(constant[0]))
+        for (log, limits), use, count in zip(logs, usable, eager, strict=True):
             found = [w for w in windows(log, trial, limits) if w.last in use]
-            error = np.array([(w.modelled_s - w.measured_s) / np.sqrt(w.prefills) for w in found])
+            error = np.array([(w.modelled_s - w.measured_s) / np.sqrt(count[w.last]) for w in found])
             rows.append(error / np.sqrt(max(len(found), 1)))
         return np.concatenate(rows)
 
-    solved = least_squares(off, [1.0], bounds=(LEAST, MOST), diff_step=1e-3, x_scale=0.02, max_nfev=10)
-    return scaled(profile, float(solved.x[0]))
+    solved = least_squares(off, [1e-4], bounds=(0.0, MOST_S), diff_step=0.5, x_scale=1e-3, max_nfev=12)
+    return msgspec.structs.replace(profile, eager_s=float(solved.x[0]))

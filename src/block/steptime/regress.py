@@ -63,6 +63,17 @@ def solve(columns: Floats, target: Floats, weights: Floats, penalty: Floats, kne
     return found
 
 
+def solve_cleaned(
+    columns: Floats, target: Floats, weights: Floats, penalty: Floats, knee: float, off: float, measured: int
+) -> Floats:
+    """``solve`` twice: robustly, then all squared without those of the first ``measured`` rows that the first solution misses
+    by more than ``off`` x target."""
+    found = solve(columns, target, weights, penalty, knee)
+    kept = np.abs(columns @ found - target) <= off * np.abs(target)
+    kept[measured:] = True
+    return solve(columns[kept], target[kept], weights[kept], penalty)
+
+
 def _least_squares(columns: Floats, target: Floats, weights: Floats, penalty: Floats) -> Floats:
     rows = np.vstack([columns * weights[:, None], penalty])
     right = np.concatenate([target * weights, np.zeros(len(penalty))])

@@ -13,14 +13,25 @@ PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "A30": 165e12, "A40": 150e12, "L40S": 362e12,
     "RTX PRO 6000": 504e12, "RTX 4090": 165e12,
 }  # fmt: skip
+# Memory bandwidth, bytes/s, and streaming multiprocessors, from the same sheets.
+BANDWIDTH = {"B200": 8.0e12, "H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "A30": 0.933e12, "A40": 0.696e12, "L40S": 0.864e12,
+             "RTX PRO 6000": 1.79e12, "RTX 4090": 1.01e12}  # fmt: skip
+PROCESSORS = {"B200": 148, "H200": 132, "H100": 132, "A100": 108, "A30": 56, "A40": 84, "L40S": 142, "RTX PRO 6000": 188,
+              "RTX 4090": 128}  # fmt: skip
 UTILISATION = 0.62  # of the peak in long prefills: 0.61-0.66 on our H200 runs
 
 
 class Arithmetic(msgspec.Struct, frozen=True):
-    """Seconds per prefill token in the layers, and per token x token of attention, of compute-bound work."""
+    """Seconds per prefill token in the layers, and per token x token of attention, of compute-bound work.
+
+    ``tile_requests``: how many requests it takes for every processor of the GPU to attend to one head of one of them; ``kv_s``:
+    seconds to read one token's 16-bit keys and values at the memory's full bandwidth; 0: unknown.
+    """
 
     token_s: float
     attention_s: float
+    tile_requests: float = 0.0
+    kv_s: float = 0.0
 
 
 def layer_weights(config: Mapping[str, Any]) -> float:
@@ -45,4 +56,8 @@ def arithmetic(config: Mapping[str, Any], gpu: str, tensor_parallel: int) -> Ari
     if peak is None:
         return None
     rate = peak * UTILISATION * tensor_parallel
-    return Arithmetic(token_s=2 * weights / rate, attention_s=4 * heads * head * layers / rate)
+    processors = next((n for name, n in PROCESSORS.items() if name.lower() in gpu.lower()), 0)
+    kv_heads = max(int(config.get("num_key_value_heads") or heads) // tensor_parallel, 1)
+    bandwidth = next((b for name, b in BANDWIDTH.items() if name.lower() in gpu.lower()), 0.0)
+    kv_s = 4 * layers * kv_heads * head / bandwidth if bandwidth else 0.0
+    return Arithmetic(2 * weights / rate, 4 * heads * head * layers / rate, processors / kv_heads, kv_s)

@@ -27,7 +27,8 @@ class StepLog(msgspec.Struct, frozen=True, eq=False):
     """The steps of one stage; every array has shape (steps,).
 
     ``scheduled_s``: the step's schedule() began; ``finished_s``: its results were in. ``context``: summed KV tokens of the
-    decoding requests; ``prefill_work``: sum over chunks of tokens x (computed before + tokens / 2).
+    decoding requests; ``prefill_work``: sum over chunks of tokens x (computed before + tokens / 2). ``prefilled``: sum over
+    chunks of computed before + tokens; ``blocks_free``: after scheduling; both only if known.
     """
 
     name: str
@@ -38,6 +39,8 @@ class StepLog(msgspec.Struct, frozen=True, eq=False):
     prefill_tokens: Floats
     prefill_work: Floats
     chunks: Floats
+    prefilled: Floats | None = None
+    blocks_free: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.scheduled_s)
@@ -45,6 +48,25 @@ class StepLog(msgspec.Struct, frozen=True, eq=False):
     @property
     def pure_decode(self) -> npt.NDArray[np.bool_]:
         return np.asarray(self.chunks == 0)
+
+    def heat(self, memory_s: float) -> Floats:
+        """Tokens prefilled before each step, shape (steps,); each counts exp(-age / ``memory_s``)."""
+        found, left, counted_s = np.zeros(len(self)), 0.0, -np.inf
+        began_s = np.maximum(self.scheduled_s, np.concatenate([[-np.inf], self.finished_s[:-1]]))
+        for k in np.flatnonzero(~self.pure_decode):
+            left *= float(np.exp(-max(began_s[k] - counted_s, 0.0) / memory_s))
+            found[k], counted_s = left, began_s[k]
+            left += float(self.prefill_tokens[k])
+        return found
+
+    def shared(self, limits: EngineLimits) -> Floats:
+        """Tokens in the cache of more than one running request, counted once less than held, shape (steps,); 0 if unknown."""
+        if self.blocks_free is None or self.prefilled is None or not limits.enable_prefix_caching:
+            return np.zeros(len(self))
+        # On average half of every request's last block is empty.
+        requests = self.decode_requests + self.chunks
+        held = self.context + self.decode_requests + self.prefilled + 0.5 * limits.block_size * requests
+        return np.asarray(np.maximum(held - (limits.blocks_usable - self.blocks_free) * limits.block_size, 0.0))
 
     @property
     def tokens(self) -> Floats:
@@ -147,6 +169,8 @@ def read_steps(file: Path) -> StepLog:
         prefill_tokens=np.array([float(sum(n for n, _ in c)) for c in chunks]),
         prefill_work=np.array([sum(n * (before + 0.5 * n) for n, before in c) for c in chunks], dtype=float),
         chunks=np.array([float(len(c)) for c in chunks]),
+        prefilled=np.array([float(sum(n + before for n, before in c)) for c in chunks]),
+        blocks_free=rows_as_floats(rows, "kv_blocks_free") if "kv_blocks_free" in rows[0] else None,
     )
 
 
@@ -173,7 +197,8 @@ def read_stage_steps(run: Run, stage: str) -> StepLog:
 def cut(log: StepLog, until_s: float) -> StepLog:
     """The steps scheduled before ``until_s`` (a stage's log may run on into the next stage)."""
     keep = log.scheduled_s < until_s
-    arrays = {f: getattr(log, f)[keep] for f in StepLog.__struct_fields__ if f != "name"}
+    columns = [f for f in StepLog.__struct_fields__ if f != "name" and getattr(log, f) is not None]
+    arrays = {f: getattr(log, f)[keep] for f in columns}
     return StepLog(name=log.name, **arrays)
 
 

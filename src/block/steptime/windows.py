@@ -50,7 +50,11 @@ def windows(log: StepLog, profile: StepTimeProfile, limits: EngineLimits) -> Ite
     shape = np.column_stack(
         [log.decode_requests, log.context, log.prefill_tokens, log.prefill_work, log.chunks]
     ).tolist()
-    work = [curve.gpu_s(int(n), k, int(p), w, int(c)) for n, k, p, w, c in shape]
+    heat, shared = log.heat(curve.heat_memory_s).tolist(), log.shared(limits).tolist()
+    work = [
+        curve.gpu_s(int(n), k, int(p), w, int(c), h, d)
+        for (n, k, p, w, c), h, d in zip(shape, heat, shared, strict=True)
+    ]
     launch = [curve.launch_s(int(n), int(p), int(c)) for n, _, p, _, c in shape]
     anchor, idle = _anchors(log)
     first: int | None = None

@@ -144,6 +144,7 @@ class AcceleratorClock:
     def __init__(self, curve: StepCurve) -> None:
         self._curve = curve
         self._free_s = 0.0
+        self._heat, self._heated_s = 0.0, 0.0
         self._turn_s = 0.0  # when the thread took in results or ended a launch last
         self._ends: deque[float] = deque(maxlen=64)
 
@@ -156,7 +157,11 @@ class AcceleratorClock:
         curve = self._curve
         launched_s = (self._turn_s if busy else now_s) + curve.launch_s(decode_requests, prefill_tokens, chunks)
         started_s = max(self._free_s, now_s + curve.head_s)
-        step_s = curve.gpu_s(decode_requests, context, prefill_tokens, prefill_work, chunks)
+        heat = 0.0
+        if chunks:
+            heat = curve.heat_after(self._heat, started_s - self._heated_s)
+            self._heat, self._heated_s = heat + prefill_tokens, started_s
+        step_s = curve.gpu_s(decode_requests, context, prefill_tokens, prefill_work, chunks, heat)
         self._free_s = max(started_s + step_s, launched_s)
         self._ends.append(self._free_s)
         self.wait(launched_s)
