@@ -14,7 +14,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from block.engine.scheduler import Scheduler, Sequence
+from block.engine.scheduler import Scheduler
+from block.engine.sequence import Sequence
 from block.engine.validate import read_stage
 from block.steptime.steplog import REQUESTS_SUFFIX, STEPS_SUFFIX, read_rows, read_run
 
