@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
+from block.engine.scheduler import Scheduler
 from block.engine.sequence import FINISHED, PREEMPTED, RUNNING, WAITING, Sequence
 from engine.cases import curve
 
@@ -142,3 +143,15 @@ def test_if_something_waits_and_fits_a_step_happens(
         assert batch.total_tokens > 0, "an idle engine with work that fits (L4)"
         assert batch.total_tokens <= limits.max_num_batched_tokens
         engine.scheduler.update(batch)
+
+
+def test_a_batch_tells_how_much_its_requests_share() -> None:
+    limits = EngineLimits(enable_prefix_caching=True, block_size=16, num_gpu_blocks=200)
+    scheduler = Scheduler(limits)
+    common = [("system", i) for i in range(10)]
+    for key in range(3):
+        scheduler.add(Sequence(key, 200, 20, block_keys=common))
+        scheduler.update(scheduler.schedule())
+    batch = scheduler.schedule()
+    assert batch.decode_requests == 3
+    assert batch.shared == 2 * 160

@@ -94,3 +94,20 @@ def test_a_file_that_is_no_profile_is_told_so(tmp_path):
 
 def test_the_shipped_profile_of_a_gpu_and_model_is_found():
     assert profile_for("NVIDIA H200", "llama2-7b").name == "h200-llama2-7b"
+
+
+def test_prefill_heats_the_accelerator_and_decoding_is_spared():
+    curve = load_profile("h200-llama3.1-8b").curve()
+    cold, hot = curve.gpu_s(0, 0, 2000, 0, 1), curve.gpu_s(0, 0, 2000, 0, 1, 4000.0)
+    assert 1.02 * cold < hot < 1.3 * cold
+    assert curve.gpu_s(32, 16_000, 0, 0, 0, 4000.0) == curve.gpu_s(32, 16_000, 0, 0, 0)
+    assert curve.heat_after(4000.0, 0.0) == 4000.0
+    assert curve.heat_after(4000.0, 1.0) < 10.0
+
+
+def test_a_token_of_context_costs_less_in_a_larger_batch_and_least_when_shared():
+    curve = load_profile("h200-llama3.1-8b").curve()
+    prices = [curve.decode_kv_s(n) for n in (1, 16, 64, 256)]
+    assert prices == sorted(prices, reverse=True)
+    alone, shared = (curve.gpu_s(32, 64_000, 0, 0, 0, 0.0, s) for s in (0.0, 32_000.0))
+    assert 0.8 * alone < shared < alone

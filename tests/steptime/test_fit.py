@@ -2,17 +2,20 @@
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
+from block.engine.limits import EngineLimits
 from block.errors import BadInputError
 from block.steptime.delays import Calls, fit_delays
 from block.steptime.fit import Subject, fit_profile
 from block.steptime.regress import hinges, rises
 from block.steptime.roofline import arithmetic
 from block.steptime.sources import read_measured
-from block.steptime.steplog import cut, read_run, read_steps
+from block.steptime.steplog import StepLog, cut, read_run, read_steps
 from block.steptime.windows import errors_by_regime, windows
+from block.steptime.work import HEAT_MEMORY_S
 
 from .emulated import LIMITS, known_profile, log_of, steps_of
 
@@ -50,6 +53,37 @@ def test_a_fit_gives_back_the_step_times_that_made_the_log(emulated_log):
         assert found.gpu_s(30, 10_000, prefill, prefill**2 / 2, 1) == pytest.approx(expected, rel=0.06)
     assert found.launch_s(20, 100, 1) == pytest.approx(true.launch_s(20, 100, 1), rel=0.05)
     assert found.launch_s(20, 1000, 1) == pytest.approx(true.launch_s(20, 1000, 1), rel=0.05)
+
+
+def test_a_fit_finds_how_much_slower_prefill_without_end_is():
+    known = msgspec.structs.replace(known_profile(), heat_s=5e-10, heat_memory_s=HEAT_MEMORY_S)
+    logs = [(log_of(steps_of(known, rate_rps=rate)), LIMITS) for rate in (20.0, 200.0)]
+    found = fit_profile(logs, SUBJECT).curve(limits=LIMITS)
+    true = known.curve(limits=LIMITS)
+
+    def hot(curve):
+        return curve.gpu_s(30, 10_000, 2000, 2000**2 / 2, 1, 4000.0) / curve.gpu_s(30, 10_000, 2000, 2000**2 / 2, 1)
+
+    assert hot(true) > 1.07
+    assert hot(found) == pytest.approx(hot(true), abs=0.03)
+
+
+def test_shared_context_is_what_the_blocks_in_use_do_not_account_for():
+    limits = EngineLimits(enable_prefix_caching=True, num_gpu_blocks=101, block_size=16)
+    one = {name: np.ones(1) for name in ("scheduled_s", "finished_s", "prefill_work")}
+    none = {name: np.zeros(1) for name in ("prefill_tokens", "chunks", "prefilled")}
+    # Two requests of 20 blocks each, the last one half full, ten blocks in common: 30 of 100 are in use.
+    log = StepLog(
+        "x",
+        decode_requests=np.full(1, 2.0),
+        context=np.full(1, 2 * 19.5 * 16 - 2),
+        blocks_free=np.full(1, 70.0),
+        **one,
+        **none,
+    )
+    assert log.shared(limits)[0] == pytest.approx(160)
+    assert log.shared(EngineLimits(num_gpu_blocks=101))[0] == 0
+    assert msgspec.structs.replace(log, blocks_free=None).shared(limits)[0] == 0
 
 
 def test_windows_of_a_log_are_exact_under_the_profile_that_made_it(emulated_log):
