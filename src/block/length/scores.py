@@ -150,7 +150,7 @@ def cross_validate(
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Told]:
     """What each estimator tells of every record when trained on the other folds. Shapes (n, 3), records' order."""
-    fold = np.array([fold_of(r.key, folds) for r in records])
+    fold = np.array([fold_of(r.group, folds) for r in records])
     told = {name: np.zeros((len(records), 3)) for name in tellers}
     for k in range(folds):
         train = [r for r, f in zip(records, fold, strict=True) if f != k]
