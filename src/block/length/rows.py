@@ -22,6 +22,7 @@ TURNS = ("conversations", "conversation")
 MODELS = ("model", "model_id", "model_name")
 """Names under which a field is looked for, the first that is there counts."""
 
+_BEYOND_BELIEF = 10_000_000  # no answer has so many tokens: the field means something else
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
@@ -109,7 +110,7 @@ def _tokens(row: Mapping[str, Any]) -> int | None:
     for holder in (row, row.get("response")):
         if told is None and isinstance(holder, Mapping) and isinstance(holder.get("usage"), Mapping):
             told = _first(holder["usage"], TOKENS)
-    if isinstance(told, bool) or not isinstance(told, int | float) or not 1 <= told < float("inf"):
+    if isinstance(told, bool) or not isinstance(told, int | float) or not 1 <= told <= _BEYOND_BELIEF:
         return None
     return int(told)
 

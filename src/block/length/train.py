@@ -2,16 +2,16 @@
 
 Order of work, every step seeing only out-of-fold scores of the one before (folds are split by prompt):
 
-1. level of each served model: the median log-length;
+1. level of each served model: the median log-length; what the base tells above or below it, and how much that is worth;
 2. linear part (`ridge`) of what is left;
-3. trees for the location (absolute error) on the dense features, that score and the model's level;
+3. trees for the location (absolute error) on the dense features, that score, the model's level and the base;
 4. how much of each to mix, and each served model's slope, shrunk towards 1;
-5. trees for the spread, then the shapes of the standardised residuals by spread (`family`).
+5. trees for the spread and how much of it to believe, then the shapes of the standardised residuals by spread (`family`).
 """
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,7 +21,7 @@ from block.errors import BadInputError, ConfigError
 from block.length.distribution import Floats
 from block.length.family import fit_family
 from block.length.features import HASH_SIZE, Features, features_of
-from block.length.model import LengthModel, ServedModel, TextEncoder, Vector, asked_pull
+from block.length.model import LengthModel, ServedModel, TextEncoder, Vector, asked_pull, prompt_hashes
 from block.length.records import Record, prompt_key
 from block.length.ridge import WordsRidge
 from block.length.trees import DEPTH_MAX, Trees, from_lightgbm
@@ -33,6 +33,9 @@ _SLOPES = np.linspace(0.0, 1.3, 27)
 _BEYOND = 0.3  # how far beyond what training saw an effect may reach, in logs
 _PULLS = np.linspace(0.0, 1.0, 21)
 _SHRINK = 30.0
+BASE_PRIOR = 0.8
+"""How much of a base's effect holds for other records, before there is evidence."""
+
 PULL_PRIOR = 0.6
 """How much of the way from its usual length to an asked one a model goes, before there is evidence."""
 
@@ -81,18 +84,34 @@ def tabulate(records: Sequence[Record], encoder: TextEncoder | None = None) -> T
         model=np.array([models[r.model] for r in records]),
         models=list(models),
         prompt=np.array([prompts[key] for key in keys]),
-        fold=np.array([fold_of(key, salt="inner") for key in keys]),
+        fold=_balanced_folds([r.group for r in records]),
     )
 
 
+def _balanced_folds(groups: Sequence[str]) -> NDArray[np.int64]:
+    """A fold for each record, all of a group in one and none empty where there are as many groups. Shape (n,)."""
+    order = sorted(set(groups), key=lambda group: (zlib.crc32(group.encode("utf-8", "surrogatepass")), group))
+    fold = {group: place % FOLDS for place, group in enumerate(order)}
+    return np.array([fold[group] for group in groups])
+
+
 def fit(
-    records: Sequence[Record], *, encoder: TextEncoder | None = None, rounds: int = 250, threads: int = 1
+    records: Sequence[Record],
+    *,
+    base: LengthModel | None = None,
+    encoder: TextEncoder | None = None,
+    rounds: int = 250,
+    threads: int = 1,
+    remember: bool = False,
 ) -> LengthModel:
-    """A model of these records; with an ``encoder`` the linear part sees sentence embeddings too.
+    """A model of these records.
+
+    ``base``: a model of other records to start from. ``encoder``: the linear part sees its sentence embeddings too.
+    ``remember``: keep hashes of the prompts, by which `LengthModel.has_seen` tells what it was trained on.
 
     Raises:
         BadInputError: fewer than ``RECORDS_MIN`` records, or too few different prompts.
-        ConfigError: LightGBM is not installed.
+        ConfigError: LightGBM is not installed, or the base cannot be one.
     """
     given, records = len(records), [r for r in records if r.has_prompt]
     if given >= RECORDS_MIN and not records:
@@ -100,34 +119,38 @@ def fit(
             "The records hold no prompts to learn from: log them with `block serve --log-prompts features`."
         )
     if len(records) < RECORDS_MIN:
-        raise BadInputError(f"{len(records)} records are too few to train on: at least {RECORDS_MIN} are needed.")
+        raise BadInputError(f"Too few records to train on: {len(records)}, and at least {RECORDS_MIN} are needed.")
     table = tabulate(records, encoder)
     if len(np.unique(table.fold)) < FOLDS:
-        raise BadInputError("The records are of too few different prompts to train on.")
-    offset, spread = levels(table.log_tokens, table.model)
+        raise BadInputError(f"The records are of too few different prompts to train on: at least {FOLDS} are needed.")
+    started = _start(table, base)
+    offset, spread, told = started.offset, started.spread, started.told
     target = table.log_tokens - offset[table.model]
     pull = asked_pull(table.dense, offset[table.model])
-    pull_weight = _pull_weight(table, target, pull)
-    rest = target - pull_weight * pull
+    pull_weight = _pull_weight(table, target - started.weight * told, pull, PULL_PRIOR if base is None else 0.0)
+    known = started.weight * told + pull_weight * pull
+    rest = target - known
 
     ridge = WordsRidge(table.words, table.dense, table.vectors, table.prompt, table.fold)
     score = ridge.out_of_fold(rest)
-    columns = np.column_stack([table.dense, score, offset[table.model], spread[table.model]]).astype(np.float32)
+    level = np.column_stack([offset[table.model], spread[table.model], told, started.told_scale])
+    columns = np.column_stack([table.dense, score, level]).astype(np.float32)
     location = _Boost(rounds, threads, _leaf_rows(table), "l1")
     guess = location.out_of_fold(columns, rest, table.fold)
     mix = min(MIXES, key=lambda m: float(np.abs(rest - m * guess - (1 - m) * score).mean()))
-    plain = mix * guess + (1 - mix) * score
-    effect = plain + pull_weight * pull
+    own = mix * guess + (1 - mix) * score
+    effect = known + own
     slope = _slopes(table, target, effect)
     residual = target - slope[table.model] * effect
 
-    columns_effect = columns.copy()
-    columns_effect[:, -3] = effect
+    columns_effect = np.column_stack([table.dense, effect, level]).astype(np.float32)
     log_spread = np.log(np.abs(residual) + 0.05)
     width_boost = _Boost(max(rounds // 4, 20), threads, 2 * _leaf_rows(table), "l2")
-    told = np.exp(width_boost.out_of_fold(columns_effect, log_spread, table.fold))
-    width = _widths(table, residual, told)
-    family = fit_family(residual, told * width[table.model], table.truncated)
+    wide = width_boost.out_of_fold(columns_effect, log_spread, table.fold)
+    scale_weight, base_scale_weight = _scale_weights(residual, wide, started.told_scale)
+    scale = np.exp(scale_weight * wide + base_scale_weight * started.told_scale)
+    width = _widths(table, residual, scale)
+    family = fit_family(residual, scale * width[table.model], table.truncated)
 
     linear = ridge.fit(rest)
     served = {
@@ -138,11 +161,61 @@ def fit(
         linear=linear.words, rarity=ridge.rarity, intercept=linear.intercept, dense_mean=ridge.mean,
         dense_weight=linear.dense, vector_mean=ridge.vector_mean, vector_weight=linear.vector, encoder=encoder,
         location_trees=location.fit(columns, rest), scale_trees=width_boost.fit(columns_effect, log_spread),
-        pull_weight=pull_weight, effect_low=float(np.quantile(plain, 0.002)) - _BEYOND,
- effect_high=float(np.quantile(plain, 0.998)) + _BEYOND,
- mix=mix, family=family, served=served, unknown=typical(served),
+        pull_weight=pull_weight, own_low=float(np.quantile(own, 0.002)) - _BEYOND,
+        own_high=float(np.quantile(own, 0.998)) + _BEYOND, mix=mix, scale_weight=scale_weight, family=family,
+        served=served, unknown=typical(served), base=base, base_weight=started.weight, base_center=started.center,
+        base_scale_weight=base_scale_weight,
+        prompts=np.unique(prompt_hashes({r.group for r in records})) if remember else prompt_hashes(()),
         about={"records": len(records), "prompts": int(table.prompt.max()) + 1},
     )  # fmt: skip
+
+
+class _Start(NamedTuple):
+    """Levels of the served models, (models,), and what the base tells of each record, (n,): its effect above or below
+    ``center``, worth ``weight``, and its log-scale. All 0 without a base."""
+
+    offset: Floats
+    spread: Floats
+    told: Floats
+    told_scale: Floats
+    weight: float
+    center: float
+
+
+def _start(table: Table, base: LengthModel | None) -> _Start:
+    """The levels are those of what the base does not explain, and the base's effects those at that level: two rounds."""
+    none = np.zeros(len(table.log_tokens))
+    start = _Start(*levels(table.log_tokens, table.model), none, none, 0.0, 0.0)
+    if base is None:
+        return start
+    for _ in range(2):
+        offset, spread = start.offset[table.model], start.spread[table.model]
+        told, told_scale = base.effects(table.dense, table.words, offset, spread)
+        center = float(np.median(told))
+        told = told - center
+        weight = _base_weight(table, table.log_tokens - offset, told)
+        start = _Start(*levels(table.log_tokens - weight * told, table.model), told, told_scale, weight, center)
+    return start
+
+
+def _base_weight(table: Table, target: Floats, told: Floats) -> float:
+    """How much of the base's effect to take over: least absolute error, with a prior worth ``_SHRINK`` prompts."""
+    errors = np.abs(target[:, None] - told[:, None] * _SLOPES[None, :]).mean(axis=0)
+    prompts = int(table.prompt.max()) + 1
+    return float((prompts * _SLOPES[int(np.argmin(errors))] + _SHRINK * BASE_PRIOR) / (prompts + _SHRINK))
+
+
+def _scale_weights(residual: Floats, wide: Floats, told_scale: Floats) -> tuple[float, float]:
+    """How much of the trees' and of the base's log-scale to believe: the likeliest under a Laplace distribution."""
+    size = np.abs(residual) + 1e-3
+    best, chosen = np.inf, (0.0, 0.0)
+    for own in MIXES:
+        for other in MIXES if np.ptp(told_scale) > 0 else (0.0,):
+            log_scale = own * wide + other * told_scale
+            loss = float(log_scale.mean() + np.log((size / np.exp(log_scale)).mean()))
+            if loss < best - 1e-9:
+                best, chosen = loss, (own, other)
+    return chosen
 
 
 def _vectors(records: Sequence[Record], encoder: TextEncoder | None) -> Vector:
@@ -189,15 +262,15 @@ def _leaf_rows(table: Table) -> int:
     return int(min(20 * max(rows / (table.prompt.max() + 1), 1.0), max(rows / 12, 5)))
 
 
-def _pull_weight(table: Table, target: Floats, pull: Floats) -> float:
+def _pull_weight(table: Table, target: Floats, pull: Floats, prior: float) -> float:
     """How much of an asked length is delivered, 0-1: least absolute error, with a prior worth ``_SHRINK`` prompts."""
     asked = pull != 0
     prompts = len(np.unique(table.prompt[asked]))
     if not prompts:
-        return PULL_PRIOR
+        return prior
     errors = np.abs(target[asked][:, None] - pull[asked][:, None] * _PULLS[None, :]).mean(axis=0)
     told = float(_PULLS[int(np.argmin(errors))])
-    return float(np.clip((prompts * told + _SHRINK * PULL_PRIOR) / (prompts + _SHRINK), 0.0, 1.0))
+    return float(np.clip((prompts * told + _SHRINK * prior) / (prompts + _SHRINK), 0.0, 1.0))
 
 
 def levels(log_tokens: Floats, model: NDArray[np.int64]) -> tuple[Floats, Floats]:
