@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from block.length import cues
-from block.length.meaning import DIMENSIONS, meaning_of
+from block.length.meaning import DIMENSIONS, TABLE, meaning_of
 from block.length.text import clipped, split_chat
 
 SEEN_CHARS = 4096
@@ -46,7 +46,7 @@ DENSE_NAMES: tuple[str, ...] = (
     "source_words", "quoted_words", *(f"source_{name}" for name in cues.TASKS), "verbs", "sentences", "commas", "ands", "variety",
     "turns", "system_chars", "answer_chars", "last_answer_chars", "first_prompt_chars", "max_tokens",
     *(f"n_{unit}" for unit in cues.UNITS), "number_max", "numbers", "asked", *(f"cue_{name}" for name in cues.CUES),
-    *(f"start_{name}" for name in cues.CUES), *(f"meaning_{place}" for place in range(DIMENSIONS)),
+    *(f"start_{name}" for name in cues.CUES), *(f"{TABLE}_{place}" for place in range(DIMENSIONS)),
 )  # fmt: skip
 
 

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 SHIPPED = Path(__file__).parent / "models" / "words.npz"
 DIMENSIONS = 64
+TABLE = "minilm-1"
+"""Names the table in the names of the features: another table, other features, other models."""
 
 
-class Table(NamedTuple):
+class Words(NamedTuple):
     """``row_of``: a word's row; ``vectors``: float32 (words, DIMENSIONS), longer for rarer words."""
 
     row_of: dict[str, int]
@@ -24,11 +26,11 @@ class Table(NamedTuple):
 
 
 @functools.cache
-def table() -> Table:
+def table() -> Words:
     """The shipped table, read once."""
     with np.load(SHIPPED, allow_pickle=False) as file:
         words = file["words"].tobytes().decode().split("\n")
-        return Table({word: row for row, word in enumerate(words)}, file["table"] * file["scale"])
+        return Words({word: row for row, word in enumerate(words)}, file["table"] * file["scale"])
 
 
 def meaning_of(words: Sequence[str]) -> NDArray[np.float32]:

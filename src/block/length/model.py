@@ -4,7 +4,7 @@ It says where the logarithm of an answer's length lies and how widely it spreads
 
     words    = w . x / |x| + v . (dense - mean) + u . vector           x: hashed words, weighted by how rare they are
     pull     = pull_weight * (log of the tokens that the prompt asks for - offset[m]), 0 where it asks for none
-    own      = mix * trees(dense, words, level, told) + (1 - mix) * words        level: offset[m], spread[m]
+    own      = own_weight * (mix * trees(dense, words, level, told) + (1 - mix) * words)     level: offset[m], spread[m]
     effect   = base_weight * (base effect - base_center) + own + pull            shared by all served models
     location = offset[m] + slope[m] * effect                          offset, slope, width: one per served model m
     scale    = width[m] * exp(scale_weight * trees(dense, effect, level, told) + base_scale_weight * base log-scale + const)
@@ -45,7 +45,8 @@ _TOLD = 5
 
 _FLOAT32 = ("linear", "rarity", "dense_mean", "dense_weight", "vector_mean", "vector_weight")
 _NUMBERS = (
-    "intercept", "pull_weight", "mix", "own_low", "own_high", "scale_weight", "base_weight", "base_center", "base_scale_weight",
+    "intercept", "pull_weight", "mix", "own_weight", "own_low",
+    "own_high", "scale_weight", "base_weight", "base_center", "base_scale_weight",
 )  # fmt: skip
 _FAMILY = tuple(Family.__struct_fields__)
 
@@ -109,6 +110,7 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
     own_low: float
     own_high: float
     mix: float
+    own_weight: float
     scale_weight: float
     family: Family
     served: dict[str, ServedModel]
@@ -143,7 +145,7 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
         if self.encoder is not None:
             words += float((self.encoder.encode([text])[0] - self.vector_mean) @ self.vector_weight)
         row = np.concatenate([features.dense, np.array([words, offset, spread, base, told[1]], dtype=np.float32)])
-        own = self.mix * self.location_trees.one(row) + (1.0 - self.mix) * words
+        own = self.own_weight * (self.mix * self.location_trees.one(row) + (1.0 - self.mix) * words)
         pull = self.pull_weight * float(asked_pull(features.dense[None, :], offset)[0])
         effect = self.base_weight * base + min(max(own, self.own_low), self.own_high) + pull
         row[-_TOLD] = effect
@@ -165,7 +167,8 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
         words = self.intercept + (bags @ (self.rarity * self.linear).astype(np.float64)) / np.where(norm > 0, norm, 1.0)
         words = words + np.clip(dense - self.dense_mean, -CLIP, CLIP) @ self.dense_weight
         rows = np.column_stack([dense, words, offset, spread, base, told[1]]).astype(np.float32)
-        own = np.clip(self.mix * self.location_trees.many(rows) + (1.0 - self.mix) * words, self.own_low, self.own_high)
+        own = self.own_weight * (self.mix * self.location_trees.many(rows) + (1.0 - self.mix) * words)
+        own = np.clip(own, self.own_low, self.own_high)
         effect = self.base_weight * base + own + self.pull_weight * asked_pull(dense, offset)
         rows[:, -_TOLD] = effect
         return effect, self.scale_weight * self.scale_trees.many(rows) + self.base_scale_weight * told[1]

@@ -19,7 +19,8 @@ from block.length.learned import LearnedEstimator
 from block.length.model import LengthModel, Place, Placer
 from block.length.records import Record
 from block.length.simple import HistoryEstimator
-from block.length.train import fit, fold_of
+from block.length.tabulate import fold_of
+from block.length.train import fit
 
 QUANTILES = (0.1, 0.5, 0.9)
 Told = NDArray[np.float64]
@@ -97,7 +98,7 @@ def tell_corrected(model: Placer, train: Sequence[Record]) -> Teller:
     """The same model in service: after it has told, and learned of, every training record once."""
     estimator = LearnedEstimator(model=model)
     for i in np.random.default_rng(0).permutation(len(train)):
-        request = _request(train[int(i)])
+        request = _request(train[int(i)], "served")
         estimator.estimate(request)
         estimator.observe(request, train[int(i)].output_tokens)
     return lambda records: np.array(
@@ -269,9 +270,9 @@ def _by_model(records: Sequence[Record]) -> dict[str, Floats]:
     return {model: np.array(own) for model, own in lengths.items()}
 
 
-def _request(record: Record) -> Request:
+def _request(record: Record, name: str = "") -> Request:
     return Request(
-        id="", arrived_s=0.0, prompt_tokens=0, model=record.model, max_tokens=record.max_tokens, prompt=record.text
+        id=name, arrived_s=0.0, prompt_tokens=0, model=record.model, max_tokens=record.max_tokens, prompt=record.text
     )
 
 

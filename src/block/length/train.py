@@ -9,90 +9,35 @@ Order of work, every step seeing only out-of-fold scores of the one before (fold
 5. trees for the spread and how much of it to believe, then the shapes of the standardised residuals by spread (`family`).
 """
 
-import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from block.errors import BadInputError, ConfigError
+from block.errors import BadInputError
+from block.length.boost import Boost, leaf_rows
 from block.length.distribution import Floats
 from block.length.family import fit_family
-from block.length.features import HASH_SIZE, Features, features_of
-from block.length.model import LengthModel, ServedModel, TextEncoder, Vector, asked_pull, prompt_hashes
-from block.length.records import Record, prompt_key
+from block.length.model import LengthModel, ServedModel, TextEncoder, asked_pull, prompt_hashes
+from block.length.records import Record
 from block.length.ridge import WordsRidge
-from block.length.trees import DEPTH_MAX, Trees, from_lightgbm
+from block.length.tabulate import FOLDS, Table, tabulate
 
-FOLDS = 5
 RECORDS_MIN = 50
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_SHARES = np.linspace(0.0, 1.0, 21)
 _SLOPES = np.linspace(0.0, 1.3, 27)
 _BEYOND = 0.3  # how far beyond what training saw an effect may reach, in logs
-_PULLS = np.linspace(0.0, 1.0, 21)
 _SHRINK = 30.0
+OWN_SHRINK = 50.0
+"""Prompts that what the records themselves taught must come from to be worth half, beside a base."""
+
 BASE_PRIOR = 0.8
 """How much of a base's effect holds for other records, before there is evidence."""
 
 PULL_PRIOR = 0.6
 """How much of the way from its usual length to an asked one a model goes, before there is evidence."""
-
-
-class Table(msgspec.Struct, frozen=True):
-    """Records as arrays. ``words``: sparse (n, HASH_SIZE) of ones; ``vectors``: (n, dimensions), of none without an
-    encoder; ``prompt``: index of the normalised prompt."""
-
-    dense: Vector
-    vectors: Vector
-    words: Any
-    log_tokens: Floats
-    truncated: NDArray[np.bool_]
-    model: NDArray[np.int64]
-    models: list[str]
-    prompt: NDArray[np.int64]
-    fold: NDArray[np.int64]
-
-
-def fold_of(text: str, folds: int = FOLDS, salt: str = "") -> int:
-    """The fold of a prompt: the same for all its normal forms, in every run."""
-    return zlib.crc32((salt + prompt_key(text)).encode()) % folds
-
-
-def tabulate(records: Sequence[Record], encoder: TextEncoder | None = None) -> Table:
-    """Features of all records (those of a distinct prompt once)."""
-    from scipy import sparse
-
-    seen: dict[tuple[str, int | None], Features] = {}
-    for r in records:
-        if r.features is None and (r.text, r.max_tokens) not in seen:
-            seen[r.text, r.max_tokens] = features_of(r.text, r.max_tokens)
-    rows = [seen[r.text, r.max_tokens] if r.features is None else r.features for r in records]
-    by_text = {text: prompt_key(text) for text in {r.text for r in records}}
-    keys = [by_text[r.text] if r.prompt_hash is None else r.prompt_hash for r in records]
-    prompts = {key: place for place, key in enumerate(sorted(set(keys)))}
-    models = {name: place for place, name in enumerate(sorted({r.model for r in records}))}
-    starts = np.cumsum([0] + [len(row.words) for row in rows])
-    ones = np.ones(starts[-1], dtype=np.float32)
-    return Table(
-        dense=np.array([row.dense for row in rows]),
-        vectors=_vectors(records, encoder),
-        words=sparse.csr_matrix((ones, np.concatenate([row.words for row in rows]), starts), (len(rows), HASH_SIZE)),
-        log_tokens=np.log([max(r.output_tokens, 1) for r in records]),
-        truncated=np.array([r.truncated for r in records]),
-        model=np.array([models[r.model] for r in records]),
-        models=list(models),
-        prompt=np.array([prompts[key] for key in keys]),
-        fold=_balanced_folds([r.group for r in records]),
-    )
-
-
-def _balanced_folds(groups: Sequence[str]) -> NDArray[np.int64]:
-    """A fold for each record, all of a group in one and none empty where there are as many groups. Shape (n,)."""
-    order = sorted(set(groups), key=lambda group: (zlib.crc32(group.encode("utf-8", "surrogatepass")), group))
-    fold = {group: place % FOLDS for place, group in enumerate(order)}
-    return np.array([fold[group] for group in groups])
 
 
 def fit(
@@ -135,22 +80,26 @@ def fit(
     score = ridge.out_of_fold(rest)
     level = np.column_stack([offset[table.model], spread[table.model], told, started.told_scale])
     columns = np.column_stack([table.dense, score, level]).astype(np.float32)
-    location = _Boost(rounds, threads, _leaf_rows(table), "l1")
+    location = Boost(rounds, threads, leaf_rows(table), "l1")
     guess = location.out_of_fold(columns, rest, table.fold)
     mix = min(MIXES, key=lambda m: float(np.abs(rest - m * guess - (1 - m) * score).mean()))
     own = mix * guess + (1 - mix) * score
+    own_weight = 1.0
+    if base is not None:
+        own_weight = _share(rest, own, _SHARES, prompts=table.prompts, prior=0.0, worth=OWN_SHRINK)
+    own = own_weight * own
     effect = known + own
     slope = _slopes(table, target, effect)
     residual = target - slope[table.model] * effect
 
     columns_effect = np.column_stack([table.dense, effect, level]).astype(np.float32)
     log_spread = np.log(np.abs(residual) + 0.05)
-    width_boost = _Boost(max(rounds // 4, 20), threads, 2 * _leaf_rows(table), "l2")
+    width_boost = Boost(max(rounds // 4, 20), threads, 2 * leaf_rows(table), "l2")
     wide = width_boost.out_of_fold(columns_effect, log_spread, table.fold)
     scale_weight, base_scale_weight = _scale_weights(residual, wide, started.told_scale)
     scale = np.exp(scale_weight * wide + base_scale_weight * started.told_scale)
     width = _widths(table, residual, scale)
-    family = fit_family(residual, scale * width[table.model], table.truncated)
+    family = fit_family(residual, scale * width[table.model], table.truncated, None if base is None else base.family)
 
     linear = ridge.fit(rest)
     served = {
@@ -162,11 +111,11 @@ def fit(
         dense_weight=linear.dense, vector_mean=ridge.vector_mean, vector_weight=linear.vector, encoder=encoder,
         location_trees=location.fit(columns, rest), scale_trees=width_boost.fit(columns_effect, log_spread),
         pull_weight=pull_weight, own_low=float(np.quantile(own, 0.002)) - _BEYOND,
-        own_high=float(np.quantile(own, 0.998)) + _BEYOND, mix=mix, scale_weight=scale_weight, family=family,
+        own_high=float(np.quantile(own, 0.998)) + _BEYOND, mix=mix, own_weight=own_weight, scale_weight=scale_weight, family=family,
         served=served, unknown=typical(served), base=base, base_weight=started.weight, base_center=started.center,
         base_scale_weight=base_scale_weight,
         prompts=np.unique(prompt_hashes({r.group for r in records})) if remember else prompt_hashes(()),
-        about={"records": len(records), "prompts": int(table.prompt.max()) + 1},
+        about={"records": len(records), "prompts": table.prompts},
     )  # fmt: skip
 
 
@@ -193,16 +142,17 @@ def _start(table: Table, base: LengthModel | None) -> _Start:
         told, told_scale = base.effects(table.dense, table.words, offset, spread)
         center = float(np.median(told))
         told = told - center
-        weight = _base_weight(table, table.log_tokens - offset, told)
+        weight = _share(
+            table.log_tokens - offset, told, _SLOPES, prompts=table.prompts, prior=BASE_PRIOR, worth=_SHRINK
+        )
         start = _Start(*levels(table.log_tokens - weight * told, table.model), told, told_scale, weight, center)
     return start
 
 
-def _base_weight(table: Table, target: Floats, told: Floats) -> float:
-    """How much of the base's effect to take over: least absolute error, with a prior worth ``_SHRINK`` prompts."""
-    errors = np.abs(target[:, None] - told[:, None] * _SLOPES[None, :]).mean(axis=0)
-    prompts = int(table.prompt.max()) + 1
-    return float((prompts * _SLOPES[int(np.argmin(errors))] + _SHRINK * BASE_PRIOR) / (prompts + _SHRINK))
+def _share(target: Floats, told: Floats, shares: Floats, *, prompts: int, prior: float, worth: float) -> float:
+    """How much of ``told`` the target holds: least absolute error, with a prior worth so many prompts."""
+    errors = np.abs(target[:, None] - told[:, None] * shares[None, :]).mean(axis=0)
+    return float((prompts * shares[int(np.argmin(errors))] + worth * prior) / (prompts + worth))
 
 
 def _scale_weights(residual: Floats, wide: Floats, told_scale: Floats) -> tuple[float, float]:
@@ -218,59 +168,13 @@ def _scale_weights(residual: Floats, wide: Floats, told_scale: Floats) -> tuple[
     return chosen
 
 
-def _vectors(records: Sequence[Record], encoder: TextEncoder | None) -> Vector:
-    if encoder is None:
-        return np.zeros((len(records), 0), dtype=np.float32)
-    texts = sorted({r.text for r in records})
-    row_of = dict(zip(texts, encoder.encode(texts), strict=True))
-    return np.array([row_of[r.text] for r in records])
-
-
-class _Boost:
-    """LightGBM with small trees, deterministic."""
-
-    def __init__(self, rounds: int, threads: int, leaf: int, objective: str) -> None:
-        self._rounds = rounds
-        self._parameters = {
-            "objective": objective, "num_leaves": 15, "max_depth": DEPTH_MAX, "learning_rate": min(10.0 / rounds, 0.1),
-            "min_data_in_leaf": leaf, "feature_fraction": 0.5, "bagging_fraction": 0.8, "bagging_freq": 1,
-            "lambda_l2": 5.0, "use_missing": False, "num_threads": threads, "seed": 1, "deterministic": True,
-            "force_row_wise": True, "verbose": -1,
-        }  # fmt: skip
-
-    def fit(self, columns: NDArray[np.float32], target: Floats) -> Trees:
-        return from_lightgbm(self._train(columns, target).dump_model())
-
-    def out_of_fold(self, columns: NDArray[np.float32], target: Floats, fold: NDArray[np.int64]) -> Floats:
-        guess = np.zeros(len(target))
-        for k in range(FOLDS):
-            out = fold == k
-            guess[out] = self._train(columns[~out], target[~out]).predict(columns[out])
-        return guess
-
-    def _train(self, columns: NDArray[np.float32], target: Floats) -> Any:
-        try:
-            import lightgbm
-        except ImportError as error:
-            raise ConfigError("Training needs LightGBM: pip install 'block-llm[length]'.") from error
-        return lightgbm.train(self._parameters, lightgbm.Dataset(columns, target), self._rounds)
-
-
-def _leaf_rows(table: Table) -> int:
-    """Rows a leaf must hold: about 20 prompts' worth, for rows of one prompt are no independent evidence."""
-    rows = len(table.fold)
-    return int(min(20 * max(rows / (table.prompt.max() + 1), 1.0), max(rows / 12, 5)))
-
-
 def _pull_weight(table: Table, target: Floats, pull: Floats, prior: float) -> float:
-    """How much of an asked length is delivered, 0-1: least absolute error, with a prior worth ``_SHRINK`` prompts."""
+    """How much of an asked length is delivered, 0-1."""
     asked = pull != 0
-    prompts = len(np.unique(table.prompt[asked]))
-    if not prompts:
+    if not asked.any():
         return prior
-    errors = np.abs(target[asked][:, None] - pull[asked][:, None] * _PULLS[None, :]).mean(axis=0)
-    told = float(_PULLS[int(np.argmin(errors))])
-    return float(np.clip((prompts * told + _SHRINK * prior) / (prompts + _SHRINK), 0.0, 1.0))
+    prompts = len(np.unique(table.prompt[asked]))
+    return _share(target[asked], pull[asked], _SHARES, prompts=prompts, prior=prior, worth=_SHRINK)
 
 
 def levels(log_tokens: Floats, model: NDArray[np.int64]) -> tuple[Floats, Floats]:

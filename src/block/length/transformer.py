@@ -20,7 +20,8 @@ from block.length.encoder import load_encoder, seen_text
 from block.length.family import Family, fit_family
 from block.length.model import Place, ServedModel
 from block.length.records import Record
-from block.length.train import RECORDS_MIN, fold_of, levels, typical
+from block.length.tabulate import fold_of
+from block.length.train import RECORDS_MIN, levels, typical
 
 FORMAT = "block-length-transformer"
 VERSION = 1
