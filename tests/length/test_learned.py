@@ -81,10 +81,9 @@ def test_a_base_makes_few_records_enough_and_travels_in_the_file(model: LengthMo
 def test_many_effects_at_once_are_those_of_one_at_a_time(model: LengthModel) -> None:
     based = fit(made_up(80, seed=13), base=model, rounds=20)
     table = tabulate(made_up(20, seed=14))
-    offset, spread = np.full(20, 5.0), np.full(20, 0.5)
-    effect, log_scale = based.effects(table.dense, table.words, offset, spread)
+    effect, log_scale = based.effects(table.dense, table.words)
     for i, record in enumerate(made_up(20, seed=14)):
-        one = based.effect(features_of(record.text), record.text, 5.0, 0.5)
+        one = based.effect(features_of(record.text), record.text, based.unknown)
         assert one == pytest.approx((effect[i], log_scale[i]), abs=1e-3)
 
 

@@ -131,12 +131,13 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
         """The same from features; ``text`` is read by an encoder alone."""
         known = self.served.get(model)
         served = known or self.unknown
-        effect, log_scale = self.effect(features, text, served.offset, served.spread)
+        effect, log_scale = self.effect(features, text, served)
         return Place(served.offset + served.slope * effect, served.width * math.exp(log_scale), known is not None)
 
-    def effect(self, features: Features, text: str, offset: float, spread: float) -> tuple[float, float]:
-        """(effect, log-scale) of one request to a served model of this level, before its slope and width."""
-        told = (0.0, 0.0) if self.base is None else self.base.effect(features, text, offset, spread)
+    def effect(self, features: Features, text: str, served: ServedModel) -> tuple[float, float]:
+        """(effect, log-scale) of one request to a served model, before its slope and width. A base speaks of no model
+        in particular."""
+        told = (0.0, 0.0) if self.base is None else self.base.effect(features, text, self.base.unknown)
         base = told[0] - self.base_center
         rarity = self.rarity[features.words]
         norm = float(np.sqrt(rarity @ rarity)) or 1.0
@@ -144,15 +145,18 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
         words += float(np.clip(features.dense - self.dense_mean, -CLIP, CLIP) @ self.dense_weight)
         if self.encoder is not None:
             words += float((self.encoder.encode([text])[0] - self.vector_mean) @ self.vector_weight)
-        row = np.concatenate([features.dense, np.array([words, offset, spread, base, told[1]], dtype=np.float32)])
+        row = np.concatenate(
+            [features.dense, np.array([words, served.offset, served.spread, base, told[1]], dtype=np.float32)]
+        )
         own = self.own_weight * (self.mix * self.location_trees.one(row) + (1.0 - self.mix) * words)
-        pull = self.pull_weight * float(asked_pull(features.dense[None, :], offset)[0])
+        pull = self.pull_weight * float(asked_pull(features.dense[None, :], served.offset)[0])
         effect = self.base_weight * base + min(max(own, self.own_low), self.own_high) + pull
         row[-_TOLD] = effect
         return effect, self.scale_weight * self.scale_trees.one(row) + self.base_scale_weight * told[1]
 
-    def effects(self, dense: Vector, bags: Any, offset: Floats, spread: Floats) -> tuple[Floats, Floats]:
-        """`effect` of many: ``dense``: (n, dense features); ``bags``: sparse (n, HASH_SIZE) of ones; (n,) levels.
+    def effects(self, dense: Vector, bags: Any) -> tuple[Floats, Floats]:
+        """`effect` of many requests to no served model in particular, as a base tells it. ``dense``: (n, dense
+        features); ``bags``: sparse (n, HASH_SIZE) of ones.
 
         Raises:
             ConfigError: the model reads embeddings, which a base may not.
@@ -161,11 +165,12 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("A model that was trained with --encoder cannot be the base of another.")
         told = (np.zeros(len(dense)), np.zeros(len(dense)))
         if self.base is not None:
-            told = self.base.effects(dense, bags, offset, spread)
+            told = self.base.effects(dense, bags)
         base = told[0] - self.base_center
         norm = np.sqrt(bags @ (self.rarity.astype(np.float64) ** 2))
         words = self.intercept + (bags @ (self.rarity * self.linear).astype(np.float64)) / np.where(norm > 0, norm, 1.0)
         words = words + np.clip(dense - self.dense_mean, -CLIP, CLIP) @ self.dense_weight
+        offset, spread = (np.full(len(dense), level) for level in (self.unknown.offset, self.unknown.spread))
         rows = np.column_stack([dense, words, offset, spread, base, told[1]]).astype(np.float32)
         own = self.own_weight * (self.mix * self.location_trees.many(rows) + (1.0 - self.mix) * words)
         own = np.clip(own, self.own_low, self.own_high)

@@ -132,21 +132,17 @@ class _Start(NamedTuple):
 
 
 def _start(table: Table, base: LengthModel | None) -> _Start:
-    """The levels are those of what the base does not explain, and the base's effects those at that level: two rounds."""
-    none = np.zeros(len(table.log_tokens))
-    start = _Start(*levels(table.log_tokens, table.model), none, none, 0.0, 0.0)
+    """Levels of what the base does not explain."""
+    offset, spread = levels(table.log_tokens, table.model)
     if base is None:
-        return start
-    for _ in range(2):
-        offset, spread = start.offset[table.model], start.spread[table.model]
-        told, told_scale = base.effects(table.dense, table.words, offset, spread)
-        center = float(np.median(told))
-        told = told - center
-        weight = _share(
-            table.log_tokens - offset, told, _SLOPES, prompts=table.prompts, prior=BASE_PRIOR, worth=_SHRINK
-        )
-        start = _Start(*levels(table.log_tokens - weight * told, table.model), told, told_scale, weight, center)
-    return start
+        none = np.zeros(len(table.log_tokens))
+        return _Start(offset, spread, none, none, 0.0, 0.0)
+    told, told_scale = base.effects(table.dense, table.words)
+    center = float(np.median(told))
+    told = told - center
+    target = table.log_tokens - offset[table.model]
+    weight = _share(target, told, _SLOPES, prompts=table.prompts, prior=BASE_PRIOR, worth=_SHRINK)
+    return _Start(*levels(table.log_tokens - weight * told, table.model), told, told_scale, weight, center)
 
 
 def _share(target: Floats, told: Floats, shares: Floats, *, prompts: int, prior: float, worth: float) -> float:
