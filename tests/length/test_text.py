@@ -145,7 +145,7 @@ def test_texts_about_the_same_thing_lie_nearer() -> None:
     ("text", "name", "words"),
     [
         ("Rewrite this in the passive voice: The cat ate the small mouse today.", "source_rework", 7),
-        ('Translate "I would like a cup of tea" to French', "source_rework", 8),
+        ('Translate "I would like a cup of tea" to French', "source_rework", 7),
         ("Summarize the text below\nIt rained. Then it stopped.", "source_summary", 5),
         ("Classify the sentiment: I love this", "source_choose", 3),
     ],
