@@ -26,7 +26,7 @@ from block.length.records import Record
 from block.length.scores import TELLERS, Told, cross_validate, score, tell_corrected, tell_learned
 from block.length.sets import read_records
 from block.length.train import fit
-from ship_lengths import training_records
+from ship_lengths import trained, training_records
 
 TESTED = 2000
 HEAD = ("set", "records", "estimator", "mae", "mae_vs_mean", "mae_vs_median", "pinball_vs_constant", "coverage", "rank")
@@ -91,7 +91,7 @@ def main() -> None:
     for name in options.only or sorted({record.dataset for record in every}):
         own = [record for record in every if record.dataset == name]
         known = {record.key for record in own}
-        base = fit([r for r in training_records(every) if r.dataset != name and r.key not in known])
+        base = trained([r for r in training_records(every) if r.dataset != name and r.key not in known])
         with (options.out / f"length-transfer-{name}.csv").open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(HEAD)
