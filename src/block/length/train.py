@@ -19,7 +19,7 @@ from block.errors import BadInputError
 from block.length.boost import Boost, leaf_rows
 from block.length.distribution import Floats
 from block.length.family import fit_family
-from block.length.model import LengthModel, ServedModel, TextEncoder, asked_pull, prompt_hashes
+from block.length.model import LengthModel, ServedModel, TextEncoder, Vector, asked_pull, prompt_hashes
 from block.length.records import Record
 from block.length.ridge import WordsRidge
 from block.length.tabulate import FOLDS, Table, tabulate
@@ -58,71 +58,52 @@ def fit(
         BadInputError: fewer than ``RECORDS_MIN`` records, or too few different prompts.
         ConfigError: LightGBM is not installed, or the base cannot be one.
     """
-    given, records = len(records), [r for r in records if r.has_prompt]
-    if given >= RECORDS_MIN and not records:
+    table = _table(records, encoder)
+    start = _start(table, base)
+    located = _locate(table, start, rounds, threads)
+    slope = _slopes(table, located.target, located.effect)
+    residual = located.target - slope[table.model] * located.effect
+    spread = _spread(table, start, located, residual, rounds, threads)
+    told = spread.scale * spread.width[table.model]
+    linear = located.ridge.fit(located.rest)
+    parts = (start.offset, start.spread, slope, spread.width)
+    served = {
+        name: ServedModel(name, int((table.model == m).sum()), *(float(part[m]) for part in parts))
+        for m, name in enumerate(table.models)
+    }
+    return LengthModel(
+        linear=linear.words, rarity=located.ridge.rarity, intercept=linear.intercept, dense_mean=located.ridge.mean,
+        dense_weight=linear.dense, vector_mean=located.ridge.vector_mean, vector_weight=linear.vector, encoder=encoder,
+        location_trees=located.boost.fit(located.columns, located.rest), scale_trees=spread.boost.fit(*spread.rows),
+        pull_weight=located.pull_weight, own_low=float(np.quantile(located.own, 0.002)) - _BEYOND,
+        own_high=float(np.quantile(located.own, 0.998)) + _BEYOND, mix=located.mix, own_weight=located.own_weight,
+        scale_weight=spread.weight, base_scale_weight=spread.base_weight, served=served, unknown=typical(served),
+        family=fit_family(residual, told, table.truncated, None if base is None else base.family),
+        base=base, base_weight=start.weight, base_center=start.center,
+        prompts=np.unique(prompt_hashes({r.group for r in records})) if remember else prompt_hashes(()),
+        about={"records": len(table.fold), "prompts": table.prompts},
+    )  # fmt: skip
+
+
+def _table(records: Sequence[Record], encoder: TextEncoder | None) -> Table:
+    kept = [r for r in records if r.has_prompt]
+    if len(records) >= RECORDS_MIN and not kept:
         raise BadInputError(
             "The records hold no prompts to learn from: log them with `block serve --log-prompts features`."
         )
-    if len(records) < RECORDS_MIN:
-        raise BadInputError(f"Too few records to train on: {len(records)}, and at least {RECORDS_MIN} are needed.")
-    table = tabulate(records, encoder)
+    if len(kept) < RECORDS_MIN:
+        raise BadInputError(f"Too few records to train on: {len(kept)}, and at least {RECORDS_MIN} are needed.")
+    table = tabulate(kept, encoder)
     if len(np.unique(table.fold)) < FOLDS:
         raise BadInputError(f"The records are of too few different prompts to train on: at least {FOLDS} are needed.")
-    started = _start(table, base)
-    offset, spread, told = started.offset, started.spread, started.told
-    target = table.log_tokens - offset[table.model]
-    pull = asked_pull(table.dense, offset[table.model])
-    pull_weight = _pull_weight(table, target - started.weight * told, pull, PULL_PRIOR if base is None else 0.0)
-    known = started.weight * told + pull_weight * pull
-    rest = target - known
-
-    ridge = WordsRidge(table.words, table.dense, table.vectors, table.prompt, table.fold)
-    score = ridge.out_of_fold(rest)
-    level = np.column_stack([offset[table.model], spread[table.model], told, started.told_scale])
-    columns = np.column_stack([table.dense, score, level]).astype(np.float32)
-    location = Boost(rounds, threads, leaf_rows(table), "l1")
-    guess = location.out_of_fold(columns, rest, table.fold)
-    mix = min(MIXES, key=lambda m: float(np.abs(rest - m * guess - (1 - m) * score).mean()))
-    own = mix * guess + (1 - mix) * score
-    own_weight = 1.0
-    if base is not None:
-        own_weight = _share(rest, own, _SHARES, prompts=table.prompts, prior=0.0, worth=OWN_SHRINK)
-    own = own_weight * own
-    effect = known + own
-    slope = _slopes(table, target, effect)
-    residual = target - slope[table.model] * effect
-
-    columns_effect = np.column_stack([table.dense, effect, level]).astype(np.float32)
-    log_spread = np.log(np.abs(residual) + 0.05)
-    width_boost = Boost(max(rounds // 4, 20), threads, 2 * leaf_rows(table), "l2")
-    wide = width_boost.out_of_fold(columns_effect, log_spread, table.fold)
-    scale_weight, base_scale_weight = _scale_weights(residual, wide, started.told_scale)
-    scale = np.exp(scale_weight * wide + base_scale_weight * started.told_scale)
-    width = _widths(table, residual, scale)
-    family = fit_family(residual, scale * width[table.model], table.truncated, None if base is None else base.family)
-
-    linear = ridge.fit(rest)
-    served = {
-        name: ServedModel(name, int((table.model == m).sum()), *(float(part[m]) for part in (offset, spread, slope, width)))
-        for m, name in enumerate(table.models)
-    }  # fmt: skip
-    return LengthModel(
-        linear=linear.words, rarity=ridge.rarity, intercept=linear.intercept, dense_mean=ridge.mean,
-        dense_weight=linear.dense, vector_mean=ridge.vector_mean, vector_weight=linear.vector, encoder=encoder,
-        location_trees=location.fit(columns, rest), scale_trees=width_boost.fit(columns_effect, log_spread),
-        pull_weight=pull_weight, own_low=float(np.quantile(own, 0.002)) - _BEYOND,
-        own_high=float(np.quantile(own, 0.998)) + _BEYOND, mix=mix, own_weight=own_weight, scale_weight=scale_weight, family=family,
-        served=served, unknown=typical(served), base=base, base_weight=started.weight, base_center=started.center,
-        base_scale_weight=base_scale_weight,
-        prompts=np.unique(prompt_hashes({r.group for r in records})) if remember else prompt_hashes(()),
-        about={"records": len(records), "prompts": table.prompts},
-    )  # fmt: skip
+    return table
 
 
 class _Start(NamedTuple):
     """Levels of the served models, (models,), and what the base tells of each record, (n,): its effect above or below
-    ``center``, worth ``weight``, and its log-scale. All 0 without a base."""
+    ``center``, worth ``weight``, and its log-scale. All 0 without a base (``based`` is false)."""
 
+    based: bool
     offset: Floats
     spread: Floats
     told: Floats
@@ -136,13 +117,75 @@ def _start(table: Table, base: LengthModel | None) -> _Start:
     offset, spread = levels(table.log_tokens, table.model)
     if base is None:
         none = np.zeros(len(table.log_tokens))
-        return _Start(offset, spread, none, none, 0.0, 0.0)
+        return _Start(False, offset, spread, none, none, 0.0, 0.0)
     told, told_scale = base.effects(table.dense, table.words)
     center = float(np.median(told))
     told = told - center
     target = table.log_tokens - offset[table.model]
     weight = _share(target, told, _SLOPES, prompts=table.prompts, prior=BASE_PRIOR, worth=_SHRINK)
-    return _Start(*levels(table.log_tokens - weight * told, table.model), told, told_scale, weight, center)
+    return _Start(True, *levels(table.log_tokens - weight * told, table.model), told, told_scale, weight, center)
+
+
+class _Located(NamedTuple):
+    """How log-lengths lie above or below their levels (``target``), told out of fold by ``effect``: the base, asked
+    lengths, and what the records taught (``own``) of the ``rest``. All (n,)."""
+
+    target: Floats
+    rest: Floats
+    own: Floats
+    effect: Floats
+    columns: Vector
+    level: Floats
+    ridge: WordsRidge
+    boost: Boost
+    pull_weight: float
+    mix: float
+    own_weight: float
+
+
+def _locate(table: Table, start: _Start, rounds: int, threads: int) -> _Located:
+    offset = start.offset[table.model]
+    target = table.log_tokens - offset
+    pull = asked_pull(table.dense, offset)
+    told = start.weight * start.told
+    pull_weight = _pull_weight(table, target - told, pull, 0.0 if start.based else PULL_PRIOR)
+    rest = target - told - pull_weight * pull
+
+    ridge = WordsRidge(table.words, table.dense, table.vectors, table.prompt, table.fold)
+    score = ridge.out_of_fold(rest)
+    level = np.column_stack([offset, start.spread[table.model], start.told, start.told_scale])
+    columns = np.column_stack([table.dense, score, level]).astype(np.float32)
+    boost = Boost(rounds, threads, leaf_rows(table), "l1")
+    guess = boost.out_of_fold(columns, rest, table.fold)
+    mix = min(MIXES, key=lambda m: float(np.abs(rest - m * guess - (1 - m) * score).mean()))
+    own = mix * guess + (1 - mix) * score
+    own_weight = 1.0
+    if start.based:
+        own_weight = _share(rest, own, _SHARES, prompts=table.prompts, prior=0.0, worth=OWN_SHRINK)
+    own = own_weight * own
+    effect = told + pull_weight * pull + own
+    return _Located(target, rest, own, effect, columns, level, ridge, boost, pull_weight, mix, own_weight)
+
+
+class _Spread(NamedTuple):
+    """How widely log-lengths lie around what is told: ``scale``, (n,), out of fold, times ``width``, (models,)."""
+
+    scale: Floats
+    width: Floats
+    rows: tuple[Vector, Floats]
+    boost: Boost
+    weight: float
+    base_weight: float
+
+
+def _spread(table: Table, start: _Start, located: _Located, residual: Floats, rounds: int, threads: int) -> _Spread:
+    columns = np.column_stack([table.dense, located.effect, located.level]).astype(np.float32)
+    size = np.log(np.abs(residual) + 0.05)
+    boost = Boost(max(rounds // 4, 20), threads, 2 * leaf_rows(table), "l2")
+    wide = boost.out_of_fold(columns, size, table.fold)
+    weight, base_weight = _scale_weights(residual, wide, start.told_scale)
+    scale = np.exp(weight * wide + base_weight * start.told_scale)
+    return _Spread(scale, _widths(table, residual, scale), (columns, size), boost, weight, base_weight)
 
 
 def _share(target: Floats, told: Floats, shares: Floats, *, prompts: int, prior: float, worth: float) -> float:
