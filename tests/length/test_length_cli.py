@@ -128,6 +128,8 @@ def test_bad_input_is_one_sentence(log: Path, tmp_path: Path) -> None:
         run("train", str(tmp_path / "no.jsonl"), "-o", str(tmp_path / "m.npz"))
     with pytest.raises(ConfigError, match="folder"):
         run("train", str(log), "-o", str(tmp_path / "no" / "m.npz"))
+    with pytest.raises(ConfigError, match="--base or --transformer"):
+        run("train", str(log), "-o", str(tmp_path / "m"), "--base", "none", "--transformer", str(tmp_path))
     with pytest.raises(ConfigError, match="png"):
         run("predict", "x", "--picture", "x.gif")
     with pytest.raises(BadInputError, match="not a length model"):

@@ -62,6 +62,10 @@ def train(
 
     if encoder is not None and transformer is not None:
         raise ConfigError("Either --encoder or --transformer, not both.")
+    if base and transformer is not None:
+        raise ConfigError(
+            "Either --base or --transformer, not both: an encoder that is fine-tuned starts from no base."
+        )
     if not output.parent.is_dir():
         raise ConfigError(f"The folder {output.parent} does not exist.")
     if transformer is None and output.is_dir():
