@@ -154,3 +154,15 @@ def test_how_much_text_a_task_is_given_is_a_feature(text: str, name: str, words:
     dense = features_of(text).dense
     assert dense[DENSE_NAMES.index(name)] == pytest.approx(np.log1p(words))
     assert features_of("Why is the sky blue?").dense[DENSE_NAMES.index(name)] == ABSENT
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Write a detailed 800 word essay on bridges", 1040), ("Tell me a 500-word story", 650), ("A ten line poem", 110),
+        ("In 100-150 words, explain rain", 195), ("He read 300 words of it yesterday. Why?", None),
+    ],
+)  # fmt: skip
+def test_an_amount_is_asked_for_where_words_around_it_say_so(text: str, tokens: int | None) -> None:
+    asked = features_of(text).dense[ASKED]
+    assert asked == (ABSENT if tokens is None else pytest.approx(np.log(tokens), abs=1e-3))

@@ -164,11 +164,11 @@ def _counts(words: list[str]) -> list[float]:
     if not cues.WHOLE.isdisjoint(words):
         numbers += [(place, 1.0) for place, word in enumerate(words) if word == "a" and _one_of(words, place)]
     for place, number in numbers[:16]:
-        for word in words[place + 1 : place + 4]:
+        for after, word in enumerate(words[place + 1 : place + 4], place + 2):
             unit = cues.UNIT_OF.get(word)
             if unit is not None:
                 amounts[unit] = math.log1p(number)
-                if place and (words[place - 1] in cues.ASKING or _number(words[place - 1]) is not None):
+                if _asks(words, place, after):
                     asked = max(asked, min(number, 20_000.0) * cues.TOKENS_OF_ONE.get(unit, 0.0))
                 break
     largest = max((number for _, number in numbers), default=None)
@@ -178,6 +178,13 @@ def _counts(words: list[str]) -> list[float]:
         float(len(numbers)),
         math.log(asked) if asked >= 1.0 else ABSENT,
     ]
+
+
+def _asks(words: list[str], place: int, after: int) -> bool:
+    """Whether the amount at ``place`` is one of the answer: "in 200 words", "100-150 words", "an 800 word essay"."""
+    before = words[place - 1] if place else ""
+    form = not cues.FORMS.keys().isdisjoint(words[after : after + 2])
+    return form or before in cues.ASKING or _number(before) is not None
 
 
 def _one_of(words: list[str], place: int) -> bool:

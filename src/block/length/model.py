@@ -5,8 +5,9 @@ It says where the logarithm of an answer's length lies and how widely it spreads
     words    = w . x / |x| + v . (dense - mean) + u . vector           x: hashed words, weighted by how rare they are
     pull     = pull_weight * (log of the tokens that the prompt asks for - offset[m]), 0 where it asks for none
     own      = own_weight * (mix * trees(dense, words, level, told) + (1 - mix) * words)     level: offset[m], spread[m]
-    effect   = base_weight * (base effect - base_center) + own + pull            shared by all served models
-    location = offset[m] + slope[m] * effect                          offset, slope, width: one per served model m
+    told     = base_weight * (base effect - base_center) + own                   shared by all served models
+    effect   = told + pull
+    location = offset[m] + slope[m] * told + pull                     offset, slope, width: one per served model m
     scale    = width[m] * exp(scale_weight * trees(dense, effect, level, told) + base_scale_weight * base log-scale + const)
 
 ``vector`` is a sentence embedding where the model was trained with an encoder (`encoder`), else it has no columns. The
@@ -21,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -91,6 +92,14 @@ class ServedModel(msgspec.Struct, frozen=True):
     width: float
 
 
+class Effect(NamedTuple):
+    """In logs: what the prompt tells, what it asks for, how widely answers spread."""
+
+    told: float
+    pull: float
+    log_scale: float
+
+
 class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
     """See the module's text. ``linear`` (w), ``rarity``: (HASH_SIZE,); ``dense_*``: (dense features,);
     ``vector_*``: (dimensions,), of length 0 without an encoder, else ``encoder`` is needed to place a request.
@@ -131,32 +140,35 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
         """The same from features; ``text`` is read by an encoder alone."""
         known = self.served.get(model)
         served = known or self.unknown
-        effect, log_scale = self.effect(features, text, served)
-        return Place(served.offset + served.slope * effect, served.width * math.exp(log_scale), known is not None)
+        at = self.effect(features, text, served)
+        location = served.offset + served.slope * at.told + at.pull
+        return Place(location, served.width * math.exp(at.log_scale), known is not None)
 
-    def effect(self, features: Features, text: str, served: ServedModel) -> tuple[float, float]:
-        """(effect, log-scale) of one request to a served model, before its slope and width. A base speaks of no model
-        in particular."""
-        told = (0.0, 0.0) if self.base is None else self.base.effect(features, text, self.base.unknown)
-        base = told[0] - self.base_center
+    def effect(self, features: Features, text: str, served: ServedModel) -> Effect:
+        """What one request's answer differs by from a served model's level, before its slope and width. A base speaks of
+        no model in particular."""
+        base, base_scale = 0.0, 0.0
+        if self.base is not None:
+            at = self.base.effect(features, text, self.base.unknown)
+            base, base_scale = at.told + at.pull - self.base_center, at.log_scale
         rarity = self.rarity[features.words]
         norm = float(np.sqrt(rarity @ rarity)) or 1.0
         words = self.intercept + float(rarity @ self.linear[features.words]) / norm
         words += float(np.clip(features.dense - self.dense_mean, -CLIP, CLIP) @ self.dense_weight)
         if self.encoder is not None:
             words += float((self.encoder.encode([text])[0] - self.vector_mean) @ self.vector_weight)
-        row = np.concatenate(
-            [features.dense, np.array([words, served.offset, served.spread, base, told[1]], dtype=np.float32)]
-        )
+        level = np.array([words, served.offset, served.spread, base, base_scale], dtype=np.float32)
+        row = np.concatenate([features.dense, level])
         own = self.own_weight * (self.mix * self.location_trees.one(row) + (1.0 - self.mix) * words)
+        told = self.base_weight * base + min(max(own, self.own_low), self.own_high)
         pull = self.pull_weight * float(asked_pull(features.dense[None, :], served.offset)[0])
-        effect = self.base_weight * base + min(max(own, self.own_low), self.own_high) + pull
-        row[-_TOLD] = effect
-        return effect, self.scale_weight * self.scale_trees.one(row) + self.base_scale_weight * told[1]
+        row[-_TOLD] = told + pull
+        log_scale = self.scale_weight * self.scale_trees.one(row) + self.base_scale_weight * base_scale
+        return Effect(told, pull, log_scale)
 
     def effects(self, dense: Vector, bags: Any) -> tuple[Floats, Floats]:
-        """`effect` of many requests to no served model in particular, as a base tells it. ``dense``: (n, dense
-        features); ``bags``: sparse (n, HASH_SIZE) of ones.
+        """What `effect` tells (told and pull together, log-scale) of many requests to no served model in particular.
+        ``dense``: (n, dense features); ``bags``: sparse (n, HASH_SIZE) of ones.
 
         Raises:
             ConfigError: the model reads embeddings, which a base may not.

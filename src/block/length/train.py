@@ -61,8 +61,8 @@ def fit(
     table = _table(records, encoder)
     start = _start(table, base)
     located = _locate(table, start, rounds, threads)
-    slope = _slopes(table, located.target, located.effect)
-    residual = located.target - slope[table.model] * located.effect
+    slope = _slopes(table, located.target - located.pull, located.told)
+    residual = located.target - located.pull - slope[table.model] * located.told
     spread = _spread(table, start, located, residual, rounds, threads)
     told = spread.scale * spread.width[table.model]
     linear = located.ridge.fit(located.rest)
@@ -127,13 +127,14 @@ def _start(table: Table, base: LengthModel | None) -> _Start:
 
 
 class _Located(NamedTuple):
-    """How log-lengths lie above or below their levels (``target``), told out of fold by ``effect``: the base, asked
-    lengths, and what the records taught (``own``) of the ``rest``. All (n,)."""
+    """How log-lengths lie above or below their levels (``target``), and what is said of that out of fold: what prompts
+    ask for (``pull``) and what they tell (``told``: the base, and what the records taught of the ``rest``, ``own``). All (n,)."""
 
     target: Floats
     rest: Floats
     own: Floats
-    effect: Floats
+    told: Floats
+    pull: Floats
     columns: Vector
     level: Floats
     ridge: WordsRidge
@@ -147,9 +148,10 @@ def _locate(table: Table, start: _Start, rounds: int, threads: int) -> _Located:
     offset = start.offset[table.model]
     target = table.log_tokens - offset
     pull = asked_pull(table.dense, offset)
-    told = start.weight * start.told
-    pull_weight = _pull_weight(table, target - told, pull, 0.0 if start.based else PULL_PRIOR)
-    rest = target - told - pull_weight * pull
+    base = start.weight * start.told
+    pull_weight = _pull_weight(table, target - base, pull, 0.0 if start.based else PULL_PRIOR)
+    pull = pull_weight * pull
+    rest = target - base - pull
 
     ridge = WordsRidge(table.words, table.dense, table.vectors, table.prompt, table.fold)
     score = ridge.out_of_fold(rest)
@@ -163,8 +165,7 @@ def _locate(table: Table, start: _Start, rounds: int, threads: int) -> _Located:
     if start.based:
         own_weight = _share(rest, own, _SHARES, prompts=table.prompts, prior=0.0, worth=OWN_SHRINK)
     own = own_weight * own
-    effect = told + pull_weight * pull + own
-    return _Located(target, rest, own, effect, columns, level, ridge, boost, pull_weight, mix, own_weight)
+    return _Located(target, rest, own, base + own, pull, columns, level, ridge, boost, pull_weight, mix, own_weight)
 
 
 class _Spread(NamedTuple):
@@ -179,7 +180,7 @@ class _Spread(NamedTuple):
 
 
 def _spread(table: Table, start: _Start, located: _Located, residual: Floats, rounds: int, threads: int) -> _Spread:
-    columns = np.column_stack([table.dense, located.effect, located.level]).astype(np.float32)
+    columns = np.column_stack([table.dense, located.told + located.pull, located.level]).astype(np.float32)
     size = np.log(np.abs(residual) + 0.05)
     boost = Boost(max(rounds // 4, 20), threads, 2 * leaf_rows(table), "l2")
     wide = boost.out_of_fold(columns, size, table.fold)
@@ -231,7 +232,7 @@ def levels(log_tokens: Floats, model: NDArray[np.int64]) -> tuple[Floats, Floats
 
 
 def _slopes(table: Table, target: Floats, effect: Floats) -> Floats:
-    """How strongly each model follows the shared effect: least absolute error, shrunk towards that of all."""
+    """How strongly each model follows what is told for all: least absolute error, shrunk towards that of all."""
 
     def best(rows: NDArray[np.bool_] | slice) -> float:
         errors = np.abs(target[rows][:, None] - effect[rows][:, None] * _SLOPES[None, :]).mean(axis=0)
