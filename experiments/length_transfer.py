@@ -1,6 +1,6 @@
 """What a model of other prompts is worth on a set that it never saw: as it is, corrected in service, as a base to train from.
 
-Run: python experiments/length_transfer.py --sets FOLDER [--only NAME ...] [--records 200 500 1000] [--seeds 2] [--out FOLDER]
+Run: python experiments/length_transfer.py --sets FOLDER [--only NAME ...] [--records 200] [--seeds 3] [--out FOLDER]
 
 For every public set a base is trained on all other sets (prompts that occur in both left out), as `ship_lengths.py` trains
 the shipped model on all. Then, on at most `TESTED` records of other prompts than those learned from:
@@ -8,7 +8,9 @@ the shipped model on all. Then, on at most `TESTED` records of other prompts tha
 as it is     the base, which does not know the served model's level
 corrected    the base after it served the N records, as a gateway does
 alone        a model trained on the N records from nothing
-from base    a model trained on the N records from the base; "all" is five folds of all records
+from base    a model trained on the N records from the base
+
+Last, five folds of all records, alone (with --whole-from-base from the base too).
 
 Gains are against constants of the N records: MAE against the median and the mean, pinball against the 10, 50 and 90 % quantiles.
 """
@@ -66,11 +68,12 @@ def few(records: Sequence[Record], base: LengthModel, count: int, seed: int) -> 
     return figures({name: tell(test) for name, tell in tellers.items()}, _true(test))
 
 
-def whole(records: Sequence[Record], base: LengthModel) -> dict[str, list[float]]:
+def whole(records: Sequence[Record], base: LengthModel | None) -> dict[str, list[float]]:
     tellers = {
         "constant": TELLERS["constant"], "constant mean": TELLERS["constant mean"], "alone": TELLERS["learned"],
-        "from base": lambda train: tell_learned(fit(train, base=base)),
     }  # fmt: skip
+    if base is not None:
+        tellers["from base"] = lambda train: tell_learned(fit(train, base=base))
     return figures(cross_validate(records, tellers), _true(records))
 
 
@@ -82,9 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--records", nargs="*", type=int, default=[200, 500, 1000])
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--no-whole", action="store_true", help="leave the five folds out")
+    parser.add_argument("--records", nargs="*", type=int, default=[200])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--whole-from-base", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     every = read_records([options.sets])
@@ -98,8 +101,7 @@ def main() -> None:
             for count in options.records:
                 runs = [few(own, base, count, seed) for seed in range(1, options.seeds + 1)]
                 write(table, name, count, {who: np.mean([run[who] for run in runs], axis=0) for who in runs[0]})
-            if not options.no_whole:
-                write(table, name, len(own), whole(own, base))
+            write(table, name, len(own), whole(own, base if options.whole_from_base else None))
 
 
 def write(table: object, name: str, count: int, rows: dict[str, Sequence[float]]) -> None:
