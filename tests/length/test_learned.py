@@ -78,6 +78,16 @@ def test_a_base_makes_few_records_enough_and_travels_in_the_file(model: LengthMo
     assert (one.location, one.scale) == pytest.approx((two.location, two.scale), abs=0.02)
 
 
+def test_a_base_of_odd_records_does_no_harm() -> None:
+    odd = [msgspec.structs.replace(r, output_tokens=40) for r in made_up(200, seed=20)] + made_up(20, seed=21)
+    base = fit(odd, rounds=20)
+    records, test = made_up(150, seed=22), made_up(200, seed=23)
+    true = np.array([float(r.output_tokens) for r in test])
+    told = tell_learned(fit(records, base=base, rounds=30))(test)
+    assert score(told, true).pinball_tokens < 0.7 * score(TELLERS["constant"](records)(test), true).pinball_tokens
+    assert told[:, 2].max() < 20 * max(KINDS.values())
+
+
 def test_many_effects_at_once_are_those_of_one_at_a_time(model: LengthModel) -> None:
     based = fit(made_up(80, seed=13), base=model, rounds=20)
     table = tabulate(made_up(20, seed=14))

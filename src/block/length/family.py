@@ -44,13 +44,13 @@ class Family(msgspec.Struct, frozen=True):
 def fit_family(residual: Floats, scale: Floats, truncated: NDArray[np.bool_], prior: Family | None = None) -> Family:
     """The family of residuals of log-lengths, (n,), told with these scales, (n,); each shape weighs them by how near
     their scale is. A truncated one counts as "longer than" (Kaplan and Meier's estimator). The shape of a ``prior``
-    counts as much as `PRIOR_RECORDS`."""
+    counts as much as `PRIOR_RECORDS`, if its 80 % interval is less than twice as wide or narrow as the records' own."""
     low, high = np.quantile(scale, [0.005, 0.995])
     scales = np.geomspace(low / _BEYOND, high * _BEYOND, _SCALES)
     z = residual / scale
     added = np.zeros(len(z))
-    if prior is not None:
-        knots = prior.residuals[len(prior.residuals) // 2]
+    knots = None if prior is None else prior.residuals[len(prior.residuals) // 2]
+    if knots is not None and 0.5 < _interval(knots) / max(_interval(z), 1e-9) < 2.0:
         middles = 0.5 * (knots[1:] + knots[:-1])
         z, scale = np.concatenate([z, middles]), np.concatenate([scale, np.ones(len(middles))])
         truncated = np.concatenate([truncated, np.zeros(len(middles), dtype=bool)])
@@ -67,6 +67,11 @@ def fit_family(residual: Floats, scale: Floats, truncated: NDArray[np.bool_], pr
         survival = _kaplan_meier(weight[order], truncated[order])
         rows.append(np.interp(-above, -survival, z[order]))
     return Family(scales, np.array(rows), above)
+
+
+def _interval(z: Floats) -> float:
+    low, high = np.quantile(z, [0.1, 0.9])
+    return float(high - low)
 
 
 def _kaplan_meier(weight: Floats, truncated: NDArray[np.bool_]) -> Floats:

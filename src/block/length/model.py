@@ -264,10 +264,12 @@ def _unpacked(path: Path, raw: bytes) -> LengthModel:
 def _check_header(path: Path, header: dict[str, Any]) -> None:
     if header.get("format") != FORMAT:
         raise BadInputError(f"{path} is not a length model.")
-    if header.get("version") != VERSION or header["features"] != list(DENSE_NAMES) or header["hash_size"] != HASH_SIZE:
+    same = header["features"] == list(DENSE_NAMES) and header["hash_size"] == HASH_SIZE
+    if header.get("version") != VERSION or not same:
+        why = "other features" if header.get("version") == VERSION else f"this one reads {VERSION}"
         raise BadInputError(
-            f"{path} is a length model of another version of Block (format {header.get('version')}, this one reads "
-            f"{VERSION}): train it anew with `block length train`."
+            f"{path} is a length model of another version of Block (format {header.get('version')}, {why}): train it "
+            "anew with `block length train`."
         )
 
 
