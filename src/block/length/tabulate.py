@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from block.length.distribution import Floats
 from block.length.features import HASH_SIZE, Features, features_of
+from block.length.meaning import DIMENSIONS
 from block.length.model import TextEncoder, Vector
 from block.length.records import Record, prompt_key
 
@@ -34,6 +35,12 @@ class Table(msgspec.Struct, frozen=True):
     def prompts(self) -> int:
         """How many different ones."""
         return int(self.prompt.max()) + 1
+
+    def without_meaning(self) -> "Table":
+        """The same with nothing said of what the texts are about."""
+        dense = self.dense.copy()
+        dense[:, -DIMENSIONS:] = 0.0
+        return msgspec.structs.replace(self, dense=dense)
 
 
 def fold_of(text: str, folds: int = FOLDS, salt: str = "") -> int:

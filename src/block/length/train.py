@@ -4,7 +4,8 @@ Order of work, every step seeing only out-of-fold scores of the one before (fold
 
 1. level of each served model: the median log-length; what the base tells above or below it, and how much that is worth;
 2. linear part (`ridge`) of what is left;
-3. trees for the location (absolute error) on the dense features, that score, the model's level and the base;
+3. trees for the location (absolute error) on the dense features, that score, the model's level and the base; both with
+   and without what the text is about, whichever tells more;
 4. how much of each to mix, and each served model's slope, shrunk towards 1;
 5. trees for the spread and how much of it to believe, then the shapes of the standardised residuals by spread (`family`).
 """
@@ -60,7 +61,10 @@ def fit(
     """
     table = _table(records, encoder)
     start = _start(table, base)
-    located = _locate(table, start, rounds, threads)
+    located, table = min(
+        ((_locate(one, start, rounds, threads), one) for one in (table, table.without_meaning())),
+        key=lambda found: found[0].error,
+    )
     slope = _slopes(table, located.target - located.pull, located.told)
     residual = located.target - located.pull - slope[table.model] * located.told
     spread = _spread(table, start, located, residual, rounds, threads)
@@ -142,6 +146,11 @@ class _Located(NamedTuple):
     pull_weight: float
     mix: float
     own_weight: float
+
+    @property
+    def error(self) -> float:
+        """Mean absolute error, in logs."""
+        return float(np.abs(self.target - self.told - self.pull).mean())
 
 
 def _locate(table: Table, start: _Start, rounds: int, threads: int) -> _Located:
