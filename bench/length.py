@@ -30,7 +30,8 @@ from block.length.records import Record
 from block.length.report import report
 from block.length.scores import QUANTILES, TELLERS, Teller, Told, cross_validate
 from block.length.sets import read_records
-from block.length.train import fit, levels, tabulate
+from block.length.tabulate import tabulate
+from block.length.train import fit, levels
 
 SEED = 1
 

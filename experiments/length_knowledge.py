@@ -26,7 +26,8 @@ from block.length.grid import EDGES, TOKENS_MAX
 from block.length.records import Record
 from block.length.scores import Told
 from block.length.simple import Estimator
-from block.length.train import fit, fold_of
+from block.length.tabulate import fold_of
+from block.length.train import fit
 from block.metrics import Summary, summarize
 from block.simulate import SimulationConfig, simulate
 from block.simulate import cluster as cluster_module

@@ -10,7 +10,7 @@ import pytest
 from block.errors import BadInputError, ConfigError
 from block.gateway.records.metrics import Metrics
 from block.gateway.records.requestlog import RequestLog
-from block.length.records import read_log
+from block.length.sets import read_records
 from gateway.conftest import Client, Start, until
 from gateway.fakes import FakeEngine, Heard, answer, encoded
 
@@ -80,7 +80,6 @@ async def test_an_estimator_trained_on_the_log_knows_an_essay_from_a_word(
     start: Start, tmp_path: Path, prompts: str
 ) -> None:
     pytest.importorskip("lightgbm", reason="training needs LightGBM: pip install 'block-llm[length]'")
-    from block.length.sets import read_records
     from block.length.train import fit
 
     path, engine = tmp_path / "requests.jsonl", FakeEngine(essays_are_long)
@@ -139,7 +138,7 @@ async def test_full_files_are_set_aside_and_the_oldest_goes(start: Start, tmp_pa
     sizes = sizes_in(tmp_path)
     assert sorted(sizes) == ["requests.1.jsonl", "requests.2.jsonl", "requests.jsonl"]
     assert max(sizes.values()) <= 700
-    assert list(read_log(path))
+    assert read_records([path])
 
 
 async def test_a_disk_that_takes_nothing_costs_rows_and_no_request(start: Start, tmp_path: Path) -> None:
@@ -167,4 +166,4 @@ def test_rows_without_prompts_are_read_but_say_that_there_is_nothing_to_learn(tm
     path = tmp_path / "requests.jsonl"
     path.write_text("\n".join(json.dumps({"model": "m", "output_tokens": n + 1}) for n in range(100)))
     with pytest.raises(BadInputError, match="log-prompts"):
-        fit(list(read_log(path)))
+        fit(read_records([path]))

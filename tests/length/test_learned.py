@@ -9,14 +9,16 @@ from length_records import KINDS, made_up
 
 from block.core import Request
 from block.errors import BadInputError
+from block.length.features import features_of
 from block.length.learned import LearnedEstimator
 from block.length.model import LengthModel, load_model
 from block.length.report import report
-from block.length.scores import TELLERS, cross_validate, hindsight, noise_floor, score, tell_learned
+from block.length.scores import TELLERS, cross_validate, hindsight, noise_floor, score, tell_corrected, tell_learned
 from block.length.table import make_estimator
 
 pytest.importorskip("lightgbm", reason="training needs LightGBM: pip install 'block-llm[length]'")
-from block.length.train import fit, fold_of
+from block.length.tabulate import fold_of, tabulate
+from block.length.train import fit
 
 FACTORS = {"short": 0.5, "long": 2.0}
 
@@ -62,6 +64,57 @@ def test_a_saved_model_says_the_same(model: LengthModel, tmp_path: Path) -> None
     assert make_estimator(f"learned:{tmp_path / 'm.npz'}").estimate(asked("Explain owls")).source == "learned"
 
 
+def test_a_base_knows_what_few_records_do_not_hold_and_travels_in_the_file(model: LengthModel, tmp_path: Path) -> None:
+    """Another served model at another level, and records of two kinds of prompt alone: the base knows the others."""
+    of_two_kinds = [r for r in made_up(300, seed=11, models={"other": 3.0}) if r.text.startswith(("Explain", "Name"))]
+    few, test = of_two_kinds[:80], made_up(300, seed=12, models={"other": 3.0})
+    true = np.array([float(r.output_tokens) for r in test])
+    alone, based = fit(few, rounds=30), fit(few, base=model, rounds=30)
+    errors = [score(tell_learned(one)(test), true).mae_tokens for one in (alone, based)]
+    assert errors[1] < 0.8 * errors[0]
+    based.save(tmp_path / "m.npz")
+    loaded = load_model(tmp_path / "m.npz")
+    assert loaded.base is not None
+    one, two = (m.place(test[0].text, None, "other") for m in (based, loaded))
+    assert (one.location, one.scale) == pytest.approx((two.location, two.scale), abs=0.02)
+
+
+def test_a_base_of_odd_records_does_no_harm() -> None:
+    odd = [msgspec.structs.replace(r, output_tokens=40) for r in made_up(200, seed=20)] + made_up(20, seed=21)
+    base = fit(odd, rounds=20)
+    records, test = made_up(150, seed=22), made_up(200, seed=23)
+    true = np.array([float(r.output_tokens) for r in test])
+    told = tell_learned(fit(records, base=base, rounds=30))(test)
+    assert score(told, true).pinball_tokens < 0.7 * score(TELLERS["constant"](records)(test), true).pinball_tokens
+    assert told[:, 2].max() < 20 * max(KINDS.values())
+
+
+def test_many_effects_at_once_are_those_of_one_at_a_time(model: LengthModel) -> None:
+    based = fit(made_up(80, seed=13), base=model, rounds=20)
+    table = tabulate(made_up(20, seed=14))
+    effect, log_scale = based.effects(table.dense, table.words)
+    for i, record in enumerate(made_up(20, seed=14)):
+        one = based.effect(features_of(record.text), record.text, based.unknown)
+        assert (one.told + one.pull, one.log_scale) == pytest.approx((effect[i], log_scale[i]), abs=1e-3)
+
+
+def test_a_model_remembers_prompts_only_when_told_to(model: LengthModel, tmp_path: Path) -> None:
+    records = made_up(100, seed=15)
+    assert not model.has_seen([r.group for r in made_up(1500, models=FACTORS)]).any()
+    fit(records, rounds=20, remember=True).save(tmp_path / "m.npz")
+    loaded = load_model(tmp_path / "m.npz")
+    assert loaded.has_seen([r.group for r in records]).all()
+    assert not loaded.has_seen([r.group for r in made_up(100, seed=16)]).any()
+
+
+def test_in_service_the_level_of_an_unknown_model_is_corrected(model: LengthModel) -> None:
+    records = made_up(900, seed=17, models={"other": 6.0})
+    true = np.array([float(r.output_tokens) for r in records[600:]])
+    plain, corrected = tell_learned(model), tell_corrected(model, records[:600])
+    errors = [score(tell(records[600:]), true).mae_tokens for tell in (plain, corrected)]
+    assert errors[1] < 0.6 * errors[0]
+
+
 def test_training_twice_gives_the_same_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         fit(made_up(300), rounds=20).save(tmp_path / name)
@@ -88,7 +141,7 @@ def test_a_model_file_that_is_none_is_damaged_or_is_of_another_version_is_one_se
     with np.load(path) as file:
         arrays = dict(file)
     header = arrays["header"].tobytes()
-    np.savez(path, **{**arrays, "header": np.frombuffer(header.replace(b'"version": 1', b'"version": 9'), np.uint8)})
+    np.savez(path, **{**arrays, "header": np.frombuffer(header.replace(b'"version": 2', b'"version": 1'), np.uint8)})
     with pytest.raises(BadInputError, match="another version"):
         load_model(path)
     np.savez(path, **{**arrays, "location_left": arrays["location_left"] + 10**6})
@@ -202,7 +255,7 @@ def test_readings_name_the_error_the_calibration_and_the_sources(model: LengthMo
 
 
 def test_too_few_records_are_one_sentence() -> None:
-    with pytest.raises(BadInputError, match="too few"):
+    with pytest.raises(BadInputError, match="Too few"):
         fit(made_up(20))
     with pytest.raises(BadInputError, match="too few different prompts"):
         fit([msgspec.structs.replace(r, text="the same") for r in made_up(100)])

@@ -9,8 +9,10 @@ import pytest
 
 from block.errors import BadInputError
 from block.length.features import DENSE_NAMES, features_of
-from block.length.records import features_row, prompt_key, read_log
+from block.length.records import features_row, prompt_key
+from block.length.rows import records_of
 from block.length.sets import read_records
+from block.length.text import split_chat
 
 
 def write_lines(path: Path, rows: list[object]) -> Path:
@@ -32,7 +34,7 @@ def test_a_log_gives_model_text_limit_and_length(tmp_path: Path, name: str) -> N
             {"output_tokens": 7, "unknown field": [1]},
         ],
     )
-    records = list(read_log(path))
+    records = read_records([path])
     assert [(r.text, r.output_tokens, r.max_tokens, r.truncated) for r in records] == [
         ("Hi", 10, 10, True), ("Hello", 3, None, False), ("words", 13, None, False), ("", 7, None, False),
     ]  # fmt: skip
@@ -98,7 +100,74 @@ def test_a_folder_of_sets_is_read_whole(tmp_path: Path) -> None:
     answer = {"question_id": "q", "model_id": "m1", "choices": [{"turns": [{"content": "la la", "token_len": 5}]}]}
     write_lines(answers / "m1.jsonl", [answer])
     found = {(r.text, r.model, r.output_tokens) for r in read_records([tmp_path])}
-    assert found == {("Add\n1, 2", "gpt-4", 1), ("Why?", "chatgpt", 4), ("Go", "sharegpt", 8), ("Sing", "m1", 5)}
+    assert found == {("Add\n1, 2", "", 1), ("Why?", "", 4), ("Go", "", 8), ("Sing", "m1", 5)}
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"instruction": "Add", "input": "", "output": "three"}, [("Add", 1)]),
+        ({"instruction": "Sum up", "context": "It rains.", "response": "Rain, much rain"}, [("Sum up\nIt rains.", 4)]),
+        ({"question": "Why?", "answer": "So it is"}, [("Why?", 4)]),
+        ({"prompt": "Go", "completion": "gone"}, [("Go", 1)]),
+        ({"prompt": "Go", "completion_tokens": 7, "output": "of no matter"}, [("Go", 7)]),
+        ({"prompt": "Go", "usage": {"prompt_tokens": 1, "completion_tokens": 8}}, [("Go", 8)]),
+        ({"prompt": "Go", "response": {"usage": {"completion_tokens": 9}}}, [("Go", 9)]),
+        ({"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "a b c"}]},
+         [("Hi", 4)]),
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a b"}]}, [("Hi", 3)]),
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a b"}], "output_tokens": 5},
+         [("Hi", 5)]),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "a b"}]}, [("Hi", 3)]),
+        ({"prompt": "Go", "output": ""}, []),
+        ({"prompt": "Go", "output_tokens": 0}, []),
+        ({"prompt": "Go", "output_tokens": None}, []),
+        ({"prompt": {"no": "text"}, "output_tokens": 3}, [("", 3)]),
+    ],
+)  # fmt: skip
+def test_rows_of_many_shapes_are_records(row: dict[str, object], found: list[tuple[str, int]]) -> None:
+    assert [(r.text, r.output_tokens) for r in records_of(row, "set")] == found
+
+
+def test_every_answer_of_a_conversation_is_a_record_and_none_is_split_from_the_others() -> None:
+    said = [("human", "Hi"), ("gpt", "Hello you"), ("human", "More"), ("gpt", "one two three four")]
+    row = {"id": "1", "conversations": [{"from": who, "value": what} for who, what in said]}
+    first, second = records_of(row, "set")
+    assert (first.output_tokens, second.output_tokens) == (3, 5)
+    assert split_chat(second.text) == [("user", "Hi"), ("assistant", "Hello you"), ("user", "More")]
+    assert first.key != second.key
+    assert first.group == second.group
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.json.gz", "rows.jsonl", "rows.jsonl.gz", "rows.log"])
+@pytest.mark.parametrize("as_lines", [True, False])
+def test_what_a_file_holds_is_told_by_its_content(tmp_path: Path, name: str, as_lines: bool) -> None:
+    rows = [{"prompt": f"Go {n}", "output_tokens": 5} for n in range(3)]
+    text = "\n".join(map(json.dumps, rows)) if as_lines else json.dumps(rows, indent=1)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    assert [r.text for r in read_records([tmp_path / name], model="m")] == ["Go 0", "Go 1", "Go 2"]
+
+
+def test_a_log_that_is_still_written_may_end_in_half_a_line(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "log.jsonl", [{"prompt": "Hi", "output_tokens": 3}, '{"prompt": "He'])
+    assert [r.text for r in read_records([path])] == ["Hi"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("log.jsonl.gz", gzip.compress(b'{"prompt": "Hi", "output_tokens": 3}' * 99)[:40]),
+        ("log.jsonl", b"\xff\xfe\x00"), ("log.csv", b"prompt,output_tokens\nHi,3\n"), ("log.jsonl", b"[[[[" * 5000),
+        ("set.json", b'{"prompts": [{"results": 3}]}'), ("set.json", b'{"prompts": [1]}'), ("log.json", b"[1, 2]"),
+        ("log.jsonl", b'{"conversations": [{"from": "human"}]}'), ("log.jsonl", b'{"output_tokens": 3, "features": 7}'),
+    ],
+)  # fmt: skip
+def test_a_file_that_holds_nothing_usable_is_one_sentence(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInputError, match=name) as error:
+        read_records([tmp_path / name])
+    assert len(str(error.value)) < 400
+    assert "\n" not in str(error.value)
 
 
 def test_sampling_reports_keep_their_limits(tmp_path: Path) -> None:

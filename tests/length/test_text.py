@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from block.length.features import ABSENT, ASKED, DENSE_NAMES, HASH_SIZE, features_of
+from block.length.meaning import meaning_of
 from block.length.text import MESSAGE_CHARS_MAX, chat_text, content_text, prompt_text, request_text, split_chat
 
 ANYTHING = st.recursive(
@@ -127,3 +128,41 @@ def test_earlier_turns_are_features() -> None:
     dense = dict(zip(DENSE_NAMES, features_of(chat_text(messages)).dense, strict=True))
     assert dense["turns"] == 2
     assert np.expm1(dense["last_answer_chars"]) == pytest.approx(500, rel=1e-3)
+
+
+def test_texts_about_the_same_thing_lie_nearer() -> None:
+    def meant(text: str) -> np.ndarray:
+        return meaning_of(text.split())
+
+    bread, loaf, code = map(meant, ("how do i bake bread", "recipe for a loaf of dough", "sort an array in python"))
+    assert bread @ loaf > bread @ code + 0.1
+    assert float(bread @ bread) == pytest.approx(1.0, abs=1e-5)
+    assert not meant("qqqqq zzzzzzq").any()
+    assert not meant("").any()
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "words"),
+    [
+        ("Rewrite this in the passive voice: The cat ate the small mouse today.", "source_rework", 7),
+        ('Translate "I would like a cup of tea" to French', "source_rework", 7),
+        ("Summarize the text below\nIt rained. Then it stopped.", "source_summary", 5),
+        ("Classify the sentiment: I love this", "source_choose", 3),
+    ],
+)
+def test_how_much_text_a_task_is_given_is_a_feature(text: str, name: str, words: int) -> None:
+    dense = features_of(text).dense
+    assert dense[DENSE_NAMES.index(name)] == pytest.approx(np.log1p(words))
+    assert features_of("Why is the sky blue?").dense[DENSE_NAMES.index(name)] == ABSENT
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Write a detailed 800 word essay on bridges", 1040), ("Tell me a 500-word story", 650), ("A ten line poem", 110),
+        ("In 100-150 words, explain rain", 195), ("He read 300 words of it yesterday. Why?", None),
+    ],
+)  # fmt: skip
+def test_an_amount_is_asked_for_where_words_around_it_say_so(text: str, tokens: int | None) -> None:
+    asked = features_of(text).dense[ASKED]
+    assert asked == (ABSENT if tokens is None else pytest.approx(np.log(tokens), abs=1e-3))

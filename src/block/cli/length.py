@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from block.length.model import TextEncoder
+    from block.core import Request
+    from block.length.model import LengthModel, Placer, TextEncoder
+    from block.length.records import Record
 
 _PATH = click.Path(path_type=Path)
+_SEEN_BY_CHANCE = 200  # one in so many may look seen: hashes of 32 bits, common prompts such as "hi"
+_BASE = "Start from what this model knows of other prompts; none: from nothing. [the shipped one]"
 
 
 @click.group()
@@ -18,7 +22,8 @@ def command() -> None:
 
     \b
     DATA are JSONL logs ({"model", "messages" or "prompt", "max_tokens", "output_tokens"}, gzipped or not), rows that
-    a gateway logged, or public prompt-and-answer sets; folders are read whole.
+    a gateway logged, or prompt-and-answer sets (instructions, questions, ShareGPT's conversations, FastChat's folders;
+    JSON lines, JSON or tar.gz); folders are read whole. Where a row counts no tokens, its answer's words do, times 1.3.
     """
 
 
@@ -26,6 +31,7 @@ def command() -> None:
 @click.argument("data", nargs=-1, required=True, type=_PATH)
 @click.option("-o", "--output", required=True, type=_PATH, help="The model file (.npz), a folder with --transformer.")
 @click.option("--model", default="", help="The served model, where DATA does not name it.")
+@click.option("--base", default="", metavar="FILE", help=_BASE)
 @click.option("--encoder", type=_PATH, help="A sentence encoder's folder: adds embeddings (extra length-neural).")
 @click.option("--transformer", type=_PATH, help="An encoder's folder: fine-tunes it instead (extra length-neural).")
 @click.option("--epochs", default=3, show_default=True, type=click.IntRange(1), help="With --transformer.")
@@ -34,8 +40,8 @@ def command() -> None:
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
 def train(
-    data: tuple[Path, ...], output: Path, model: str, encoder: Path | None, transformer: Path | None, epochs: int,
-    device: str, rounds: int, threads: int, as_json: bool,
+    data: tuple[Path, ...], output: Path, model: str, base: str, encoder: Path | None, transformer: Path | None,
+    epochs: int, device: str, rounds: int, threads: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Train an estimator on DATA and write it to a file that `--length-estimator learned:FILE` takes.
 
@@ -43,6 +49,7 @@ def train(
     Examples:
       block length train requests.jsonl -o lengths.npz
       block length train logs/ more.jsonl.gz -o lengths.npz --model llama-3.1-8b
+      block length train today.jsonl -o newer.npz --base lengths.npz
       block length train requests.jsonl -o lengths.npz --encoder ./all-MiniLM-L6-v2
       block length train requests.jsonl -o tagger/ --transformer ./roberta-base --device cuda
     """
@@ -55,6 +62,10 @@ def train(
 
     if encoder is not None and transformer is not None:
         raise ConfigError("Either --encoder or --transformer, not both.")
+    if base and transformer is not None:
+        raise ConfigError(
+            "Either --base or --transformer, not both: an encoder that is fine-tuned starts from no base."
+        )
     if not output.parent.is_dir():
         raise ConfigError(f"The folder {output.parent} does not exist.")
     if transformer is None and output.is_dir():
@@ -71,7 +82,7 @@ def train(
         tuned.save(output)
         served = tuned.served
     else:
-        fitted = fit(records, encoder=_encoder(encoder), rounds=rounds, threads=threads)
+        fitted = fit(records, base=_base(base), encoder=_encoder(encoder), rounds=rounds, threads=threads)
         fitted.save(output)
         served = fitted.served
     size = sum(f.stat().st_size for f in ([output] if output.is_file() else output.iterdir()))
@@ -91,6 +102,7 @@ def train(
 @click.argument("data", nargs=-1, required=True, type=_PATH)
 @click.option("--model-file", type=_PATH, help="Score this model on DATA, instead of one cross-validated on DATA.")
 @click.option("--model", default="", help="The served model, where DATA does not name it.")
+@click.option("--base", default="", metavar="FILE", help=_BASE)
 @click.option("--encoder", type=_PATH, help="Cross-validate with sentence embeddings of this encoder.")
 @click.option("--rounds", default=250, show_default=True, type=click.IntRange(1), help="Boosted trees.")
 @click.option("--folds", default=5, show_default=True, type=click.IntRange(2, 20))
@@ -98,13 +110,14 @@ def train(
 @click.option("--by-set", is_flag=True, help="Leave out the lines of single served models.")
 @click.option("--json", "as_json", is_flag=True, help="Print all scores as JSON.")
 def evaluate(
-    data: tuple[Path, ...], model_file: Path | None, model: str, encoder: Path | None, rounds: int, folds: int, separately: bool,
-    by_set: bool, as_json: bool,
+    data: tuple[Path, ...], model_file: Path | None, model: str, base: str, encoder: Path | None, rounds: int, folds: int,
+    separately: bool, by_set: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Score estimators on prompts of DATA that they have not seen, against baselines and the noise floor.
 
     Folds are made by normalised prompt; baselines see the same folds. With --model-file that model is scored as it
-    is: DATA must then be prompts that it was not trained on.
+    is ("learned"), and as a gateway would have corrected it after serving the other folds ("corrected"). Prompts that
+    it remembers from its training are left out; a base that remembers some is not started from.
 
     \b
     Examples:
@@ -117,21 +130,21 @@ def evaluate(
     import msgspec
     from rich.console import Console
 
+    from block.length.learned import load_placer
     from block.length.report import report, report_tables
-    from block.length.scores import TELLERS, cross_validate, tell_learned
+    from block.length.scores import TELLERS, cross_validate, tell_corrected, tell_learned
     from block.length.sets import read_records
     from block.length.train import fit
 
     records = read_records(data, model=model)
     tellers = dict(TELLERS)
     if model_file is not None:
-        from block.length.learned import load_placer
-
         placer = load_placer(model_file)
-        tellers["learned"] = lambda _: tell_learned(placer)
+        records = _unseen(records, placer, model_file)
+        tellers |= {"learned": lambda _: tell_learned(placer), "corrected": lambda train: tell_corrected(placer, train)}
     else:
-        sentence = _encoder(encoder)
-        tellers["learned"] = lambda train: tell_learned(fit(train, encoder=sentence, rounds=rounds))
+        sentence, start = _encoder(encoder), _unseeing(_base(base), records)
+        tellers["learned"] = lambda train: tell_learned(fit(train, base=start, encoder=sentence, rounds=rounds))
     told = {}
     console = Console(stderr=True)
     with console.status("reading features") as status:
@@ -160,7 +173,7 @@ def predict(
     prompt: str, model_file: Path | None, served: str, max_tokens: int | None, generated: int, picture: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Say how long the answer to PROMPT (- reads it from standard input; JSON messages are understood) will be.
+    """Say how long the answer to PROMPT will be (- reads it from standard input; JSON messages and whole request bodies too).
 
     \b
     Examples:
@@ -173,22 +186,14 @@ def predict(
     from rich.console import Console
     from rich.table import Table
 
-    from block.core import Request
     from block.errors import ConfigError
     from block.length.learned import LearnedEstimator
     from block.length.report import draw, estimate_json
 
     if picture is not None and (picture.suffix not in (".png", ".svg") or not picture.parent.is_dir()):
         raise ConfigError("Pictures are written as .png or .svg, into a folder that exists.")
-    text = _prompt(sys.stdin.read() if prompt == "-" else prompt)
-    request = Request(
-        id="asked",
-        arrived_s=0.0,
-        prompt_tokens=max(1, len(text) // 4),
-        max_tokens=max_tokens,
-        model=served,
-        prompt=text,
-    )
+    request = _asked(_standard_input() if prompt == "-" else prompt, served, max_tokens)
+    text = request.prompt or ""
     estimate = LearnedEstimator(model=model_file).estimate(request)
     if picture is not None:
         draw(estimate, picture, generated=generated, title=text[:80].replace("\n", " ").replace("$", r"\$"))
@@ -203,19 +208,67 @@ def predict(
     Console().print(table)
 
 
-def _prompt(text: str) -> str:
-    """Plain text, or the text of JSON messages."""
+def _asked(text: str, served: str, max_tokens: int | None) -> "Request":
+    """A request of plain text, of JSON messages, or of an API's whole body."""
     import json
 
-    from block.length.text import chat_text, clipped
+    from block.core import Request
+    from block.length.text import request_text
 
-    if text.lstrip().startswith("[{"):
+    body: dict[str, object] = {"prompt": text}
+    if text.lstrip()[:2] in ("[{", '{"'):
         try:
-            messages = json.loads(text)
-        except json.JSONDecodeError:
-            return clipped(text)
-        return chat_text(messages)
-    return clipped(text)
+            given = json.loads(text)
+        except ValueError:
+            given = text
+        given = {"messages": given} if isinstance(given, list) else given
+        body = given if isinstance(given, dict) and {"messages", "prompt"} & given.keys() else body
+    told = body.get("max_tokens", body.get("max_completion_tokens"))
+    cap = told if max_tokens is None and isinstance(told, int) and told > 0 else max_tokens
+    model = served or (body["model"] if isinstance(body.get("model"), str) else "")
+    prompt = request_text(body)
+    return Request(
+        id="asked",
+        arrived_s=0.0,
+        prompt_tokens=max(1, len(prompt) // 4),
+        max_tokens=cap,
+        model=str(model),
+        prompt=prompt,
+    )
+
+
+def _standard_input() -> str:
+    return sys.stdin.buffer.read().decode("utf-8", "replace")
+
+
+def _base(name: str) -> "LengthModel | None":
+    from block.length.learned import SHIPPED
+    from block.length.model import load_model
+
+    return None if name == "none" else load_model(Path(name) if name else SHIPPED)
+
+
+def _unseeing(base: "LengthModel | None", records: "list[Record]") -> "LengthModel | None":
+    """The base, unless it was trained on prompts that are to be scored."""
+    seen = 0 if base is None else int(base.has_seen([r.group for r in records]).sum())
+    if seen <= len(records) // _SEEN_BY_CHANCE:
+        return base
+    click.echo(f"{seen} of {len(records)} prompts were in the base's training: scored without it.", err=True)
+    return None
+
+
+def _unseen(records: "list[Record]", placer: "Placer", path: Path) -> "list[Record]":
+    """The records whose prompts the model was not trained on, as far as it remembers."""
+    from block.errors import BadInputError
+    from block.length.model import LengthModel
+
+    seen = placer.has_seen([r.group for r in records]) if isinstance(placer, LengthModel) else [False] * len(records)
+    kept = [record for record, known in zip(records, seen, strict=True) if not known]
+    if len(kept) < len(records):
+        click.echo(f"{len(records) - len(kept)} of {len(records)} records left out: trained on.", err=True)
+    if not kept:
+        raise BadInputError(f"{path} was trained on all of these prompts: score it on others.")
+    return kept
 
 
 def _encoder(path: Path | None) -> "TextEncoder | None":

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from block.length import cues
+from block.length.meaning import DIMENSIONS, TABLE, meaning_of
 from block.length.text import clipped, split_chat
 
 SEEN_CHARS = 4096
@@ -21,123 +23,30 @@ ABSENT = -1.0
 """A feature that the request does not have (logarithms of counts are never negative)."""
 
 WORDS_MAX = 400
+"""Words that are hashed and looked up: the head and the tail of a long text."""
+
 HASH_BITS = 15
 HASH_SIZE = 1 << HASH_BITS
 
-UNITS = {
-    "words": ("word",),
-    "sentences": ("sentence",),
-    "paragraphs": ("paragraph", "stanza", "verse"),
-    "lines": ("line",),
-    "pages": ("page", "chapter", "section", "scene"),
-    "characters": ("character", "letter", "char"),
-    "items": (
-        "item", "idea", "example", "way", "step", "tip", "point", "bullet", "bullets", "reason", "question", "name",
-        "fact", "thing", "suggestion", "benefit", "option", "title", "topic", "method", "type", "advantage", "synonym",
-        "difference", "recipe", "book", "movie", "song", "place", "activity", "activities", "strategies", "strategy",
-        "technique", "use", "quote", "tweet", "joke", "headline", "slogan", "factor", "cause", "feature", "hashtag",
-        "famous", "different", "popular", "creative", "unique", "main", "key", "possible", "potential",
-    ),
-}  # fmt: skip
-_UNIT_OF = {form: unit for unit, words in UNITS.items() for word in words for form in (word, word + "s")}
-_TOKENS_OF_ONE = {"words": 1.3, "sentences": 22.0, "paragraphs": 85.0, "lines": 11.0, "pages": 400.0}
-"""Tokens of one unit, roughly, in the public sets (experiments/ship_lengths.py names them)."""
-
-_FORMS = {
-    "haiku": 20, "slogan": 10, "headline": 14, "title": 10, "tweet": 40, "caption": 25, "limerick": 50, "quatrain": 40,
-    "sonnet": 150, "poem": 170, "paragraph": 110, "summary": 90, "email": 190, "letter": 260, "essay": 550,
-    "article": 550, "story": 450, "blog": 600, "speech": 450, "dialogue": 300, "recipe": 320, "outline": 300,
-    "table": 150, "plan": 350, "itinerary": 400, "script": 400, "proposal": 550, "report": 550, "song": 280, "lyrics": 280,
-}  # fmt: skip
-"""Forms of text and roughly how many tokens one has."""
-
-_PHRASES = {
-    "terse": (
-        " one word ", " single word ", " 1 word ", " two words ", " yes or no ", " yes no ", " true or false ",
-        " only the ", " only a ",
-        " only one ", " only with ", " just the ", " just a ", " just one ", " just with ", " no explanation", " no other ",
-        " no additional ", " nothing else ", " without explanation", " without any expla", " which of the ", " which of these ",
-    ),
-    "expansive": (
-        " step by step ", " in detail ", " in great detail ", " in more detail ", " as long as ", " as much ", " as many ",
-        " as detailed as ", " at least ", " minimum ", " pros and cons ", " show your work", " show the work", " explain your ",
-        " explain why ", " explain how ", " for each ", " with example",
-    ),
-    "bound": (
-        " at most ", " no more than ", " not more than ", " up to ", " less than ", " fewer than ", " under ", " within ",
-        " maximum ", " limit ",
-    ),
-    "structured": (" json ", " csv ", " xml ", " yaml ", " markdown ", " latex ", " html ", " table ", " tables ", " bullet"),
-}  # fmt: skip
-"""Ways to say how an answer shall look, in text without punctuation."""
-
-_ASKING = {
-    "a", "an", "about", "approximately", "around", "at", "exactly", "in", "least", "maximum", "minimum", "most", "of",
-    "only", "over", "roughly", "than", "to", "under", "up", "using", "with", "within", "write",
-}  # fmt: skip
-"""Words before an amount that make it one of the answer ("in 200 words", "a ten line poem")."""
-
-_HEAD_CHARS = 300
+HEAD_CHARS = 300
 """An instruction ends with a line or a colon within so many characters, where what it is about follows."""
 
-_ASKING_ONE = {
-    "in",
-    "write",
-    "with",
-    "create",
-    "compose",
-    "generate",
-    "as",
-    "give",
-    "using",
-    "construct",
-    "form",
-    "into",
-}
-_WHOLE = {"sentence", "paragraph", "word", "line", "page", "stanza", "verse"}
-
-_NUMBERS = {
-    "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
-    "dozen": 12, "twelve": 12, "fifteen": 15, "twenty": 20, "fifty": 50, "hundred": 100, "thousand": 1000,
-    "single": 1, "couple": 2, "few": 3, "several": 5,
-}  # fmt: skip
-
-_CUE_WORDS = """
-brief: brief briefly short concise concisely succinct shortly quick quickly tldr tl summary simple only just
-long: detailed detail detailing comprehensive thorough thoroughly extensive elaborate depth long full complete
-    explain
-prose: essay story article blog post poem song lyrics script speech letter email report proposal novel chapter
-    dialogue review
-code: code function program script python java javascript c++ sql html css class algorithm api implement regex query
-    bash react
-list: list steps ways ideas examples tips table enumerate bullet itinerary outline plan guide
-fact: who when where which whose year capital name date
-how: how why explain describe discuss compare contrast analyze analyse evaluate
-rework: rewrite edit correct fix paraphrase rephrase translate summarize summarise proofread convert reword change
-    improve grammar replace
-choose: classify identify categorize label choose select detect true false yes no sentiment option correct
-compute: calculate compute solve equation sum probability find convert average integral derivative
-create: write create generate compose design make develop draft build imagine roleplay pretend act
-"""
-CUES: dict[str, frozenset[str]] = {
-    name: frozenset(words.split())
-    for name, _, words in (line.partition(":") for line in _CUE_WORDS.replace("\n    ", " ").strip().splitlines())
-}
-"""Words that tell what kind of answer is asked for, by kind."""
-
 _WIDE = "\u2e80-\U0003ffff"  # scripts without spaces: every character counts as a word
-_WORD = re.compile(rf"[{_WIDE}]|[^\W_{_WIDE}]+(?:['\u2019+#][^\W_{_WIDE}]*)*")
+WORD = re.compile(rf"[{_WIDE}]|[^\W_{_WIDE}]+(?:['\u2019+#][^\W_{_WIDE}]*)*")
 _BULLET = re.compile(r"(?m)^\s*(?:[-*•]|\d+[.)])\s")
 _OPTION = re.compile(r"(?m)(?:^|\s)\(?[A-Da-d][).:]\s")
 _INDENTED = re.compile(r"(?m)^(?: {4}|\t)\S")
+_QUOTED = re.compile(r"[\"“”]([^\"“”\n]{8,2000})[\"“”]")
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 
 DENSE_NAMES: tuple[str, ...] = (
     "chars", "words", "lines", "mean_word", "unseen_chars", "questions", "ends_question", "fences", "symbols", "digits",
     "capitals", "foreign", "wide", "bullets", "options", "indented", "braces", "quotes", "colon_end", "pictures",
     "payload_chars", "payload_words", "instruction_words", "terse", "expansive", "bound", "structured", "form",
+    "source_words", "quoted_words", *(f"source_{name}" for name in cues.TASKS), "verbs", "sentences", "commas", "ands", "variety",
     "turns", "system_chars", "answer_chars", "last_answer_chars", "first_prompt_chars", "max_tokens",
-    *(f"n_{unit}" for unit in UNITS), "number_max", "numbers", "asked", *(f"cue_{name}" for name in CUES),
-    *(f"start_{name}" for name in CUES),
+    *(f"n_{unit}" for unit in cues.UNITS), "number_max", "numbers", "asked", *(f"cue_{name}" for name in cues.CUES),
+    *(f"start_{name}" for name in cues.CUES), *(f"{TABLE}_{place}" for place in range(DIMENSIONS)),
 )  # fmt: skip
 
 
@@ -157,10 +66,12 @@ def features_of(text: str, max_tokens: int | None = None) -> Features:
     spoken = split_chat(text)
     last = next((content for role, content in reversed(spoken) if role not in ("assistant", "system")), spoken[-1][1])
     seen = clipped(last, SEEN_CHARS)
-    words = _WORD.findall(seen.lower())
+    words = WORD.findall(seen.lower())
     values = _shape(last, seen, words) + _task(seen, words) + _conversation(spoken) + [_log(max_tokens)]
     values += _counts(words) + _cues(words)
-    return Features(np.array(values, dtype=np.float32), _hashed(words))
+    kept = words if len(words) <= WORDS_MAX else words[: WORDS_MAX - 100] + words[-100:]
+    dense = np.concatenate([np.array(values, dtype=np.float32), meaning_of(kept)])
+    return Features(dense, _hashed(kept))
 
 
 def _log(count: float | None) -> float:
@@ -184,7 +95,7 @@ def _shape(last: str, seen: str, words: list[str]) -> list[float]:
         float(seen.count("```")),
         sum(map(seen.count, "{}[]()<>=;/\\|&%$@^~`")) / size,
         sum(map(seen.count, "0123456789")) / size,
-        sum(1 for word in _WORD.findall(seen[:512]) if word[0].isupper()) / max(len(words), 1),
+        sum(1 for word in WORD.findall(seen[:512]) if word[0].isupper()) / max(len(words), 1),
         foreign / size,
         wide / size,
         float(len(_BULLET.findall(seen))),
@@ -199,17 +110,36 @@ def _shape(last: str, seen: str, words: list[str]) -> list[float]:
 
 def _task(seen: str, words: list[str]) -> list[float]:
     """What kind of task it is: how much there is to work on, how tersely or at what length it is to be answered."""
-    ends = [at for at in (seen.find("\n", 3, _HEAD_CHARS), seen.find(": ", 3, _HEAD_CHARS)) if at > 0]
+    ends = [at for at in (seen.find("\n", 3, HEAD_CHARS), seen.find(": ", 3, HEAD_CHARS)) if at > 0]
     payload = seen[min(ends) + 1 :].strip() if ends else ""
     payload_words = len(payload.split()) if payload else 0
     told = f" {' '.join(words if len(words) <= 150 else words[:110] + words[-40:])} "
-    forms = [tokens for form, tokens in _FORMS.items() if form in told]
+    forms = [tokens for form, tokens in cues.FORMS.items() if form in told]
     return [
         _log(len(payload)) if payload else ABSENT,
         _log(payload_words) if payload else ABSENT,
         _log(max(len(words) - payload_words, 0)),
-        *(float(sum(phrase in told for phrase in phrases)) for phrases in _PHRASES.values()),
+        *(float(sum(phrase in told for phrase in phrases)) for phrases in cues.PHRASES.values()),
         math.log(max(forms)) if forms else ABSENT,
+        *_source(seen, words, payload_words),
+    ]
+
+
+def _source(seen: str, words: list[str], payload_words: int) -> list[float]:
+    """How much text is given, what is to be done with it, and of how many parts the task seems to be."""
+    quoted = sum(len(part.split()) for part in _QUOTED.findall(seen))
+    source = max(payload_words, quoted)
+    told = set(words[:40])
+    few = words[:200]
+    return [
+        _log(source) if source else ABSENT,
+        _log(quoted) if quoted else ABSENT,
+        *(_log(source) if source and not task.isdisjoint(told) else ABSENT for task in cues.TASKS.values()),
+        float(sum(word in cues.VERBS for word in few)),
+        float(len(_SENTENCE_END.findall(seen))),
+        float(seen.count(",")),
+        float(sum(word in ("and", "or") for word in few)),
+        len(set(words)) / max(len(words), 1),
     ]
 
 
@@ -228,18 +158,18 @@ def _conversation(spoken: list[tuple[str, str]]) -> list[float]:
 
 def _counts(words: list[str]) -> list[float]:
     """Explicit amounts: "in 200 words", "two short paragraphs", "top 10 ideas" -> the number by unit."""
-    amounts = dict.fromkeys(UNITS, ABSENT)
+    amounts = dict.fromkeys(cues.UNITS, ABSENT)
     asked = 0.0
     numbers = [(place, number) for place, word in enumerate(words) if (number := _number(word)) is not None]
-    if not _WHOLE.isdisjoint(words):
+    if not cues.WHOLE.isdisjoint(words):
         numbers += [(place, 1.0) for place, word in enumerate(words) if word == "a" and _one_of(words, place)]
     for place, number in numbers[:16]:
-        for word in words[place + 1 : place + 4]:
-            unit = _UNIT_OF.get(word)
+        for after, word in enumerate(words[place + 1 : place + 4], place + 2):
+            unit = cues.UNIT_OF.get(word)
             if unit is not None:
                 amounts[unit] = math.log1p(number)
-                if place and (words[place - 1] in _ASKING or _number(words[place - 1]) is not None):
-                    asked = max(asked, min(number, 20_000.0) * _TOKENS_OF_ONE.get(unit, 0.0))
+                if _asks(words, place, after):
+                    asked = max(asked, min(number, 20_000.0) * cues.TOKENS_OF_ONE.get(unit, 0.0))
                 break
     largest = max((number for _, number in numbers), default=None)
     return [
@@ -250,26 +180,34 @@ def _counts(words: list[str]) -> list[float]:
     ]
 
 
+def _asks(words: list[str], place: int, after: int) -> bool:
+    """Whether the amount at ``place`` is one of the answer: "in 200 words", "100-150 words", "an 800 word essay"."""
+    before = words[place - 1] if place else ""
+    form = not cues.FORMS.keys().isdisjoint(words[after : after + 2])
+    return form or before in cues.ASKING or _number(before) is not None
+
+
 def _one_of(words: list[str], place: int) -> bool:
     """Whether "a" at this place stands for one of the answer's units: "in a sentence", "write a short paragraph"."""
     before = words[place - 1] if place else ""
-    return before in _ASKING_ONE and any(word in _WHOLE for word in words[place + 1 : place + 3])
+    return before in cues.ASKING_ONE and any(word in cues.WHOLE for word in words[place + 1 : place + 3])
 
 
 def _number(word: str) -> float | None:
     if word.isascii() and word.isdigit() and len(word) <= 5:
         return float(word)
-    return _NUMBERS.get(word)
+    return cues.NUMBERS.get(word)
 
 
 def _cues(words: list[str]) -> list[float]:
     present, start = set(words), set(words[:3])
-    return [float(len(cue & present)) for cue in CUES.values()] + [float(len(cue & start)) for cue in CUES.values()]
+    return [float(len(cue & present)) for cue in cues.CUES.values()] + [
+        float(len(cue & start)) for cue in cues.CUES.values()
+    ]
 
 
-def _hashed(words: list[str]) -> NDArray[np.int32]:
-    """Words, pairs of neighbours and the first and last words, hashed; the head and the tail of a long text."""
-    kept = words if len(words) <= WORDS_MAX else words[: WORDS_MAX - 100] + words[-100:]
+def _hashed(kept: list[str]) -> NDArray[np.int32]:
+    """Words, pairs of neighbours and the first and last words, hashed."""
     terms = kept + [f"{a} {b}" for a, b in itertools.pairwise(kept)]
     terms += [f"{word[:5]}-" for word in kept if len(word) > 5]
     terms += [f"^{' '.join(kept[:n])}" for n in (1, 2, 3)] + [f"{' '.join(kept[-n:])}$" for n in (1, 2)]

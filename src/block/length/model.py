@@ -4,37 +4,51 @@ It says where the logarithm of an answer's length lies and how widely it spreads
 
     words    = w . x / |x| + v . (dense - mean) + u . vector           x: hashed words, weighted by how rare they are
     pull     = pull_weight * (log of the tokens that the prompt asks for - offset[m]), 0 where it asks for none
-    effect   = mix * trees(dense, words, offset, spread) + (1 - mix) * words + pull     shared by all served models
-    location = offset[m] + slope[m] * effect                          offset, slope, width: one per served model m
-    scale    = width[m] * exp(trees(dense, effect, offset, spread))
+    own      = own_weight * (mix * trees(dense, words, level, told) + (1 - mix) * words)     level: offset[m], spread[m]
+    told     = base_weight * (base effect - base_center) + own                   shared by all served models
+    effect   = told + pull
+    location = offset[m] + slope[m] * told + pull                     offset, slope, width: one per served model m
+    scale    = width[m] * exp(scale_weight * trees(dense, effect, level, told) + base_scale_weight * base log-scale + const)
 
-``vector`` is a sentence embedding where the model was trained with an encoder (`encoder`), else it has no columns.
+``vector`` is a sentence embedding where the model was trained with an encoder (`encoder`), else it has no columns. The
+base is a model of other records, whose effect and log-scale are ``told``: what transfers between prompt sets and served
+models, so that a few hundred records of one's own are enough. Without one both are 0.
 """
 
 import io
 import json
+import math
 import zipfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from block.errors import BadInputError
+from block.errors import BadInputError, ConfigError
 from block.length.distribution import Floats
 from block.length.family import Family
 from block.length.features import ABSENT, ASKED, DENSE_NAMES, HASH_SIZE, Features, features_of
 from block.length.trees import Trees
 
 FORMAT = "block-length"
-VERSION = 1
+VERSION = 2
 CLIP = 6.0
 """Dense features are cut this far from their mean in the linear part, which must not run away."""
 
 _TREES = tuple(Trees.__struct_fields__)
 _BYTES_MAX = 64 << 20
+_TOLD = 5
+"""Columns of the trees after the dense features: words (then the effect), offset, spread, the base's effect and log-scale."""
+
 _FLOAT32 = ("linear", "rarity", "dense_mean", "dense_weight", "vector_mean", "vector_weight")
+_NUMBERS = (
+    "intercept", "pull_weight", "mix", "own_weight", "own_low",
+    "own_high", "scale_weight", "base_weight", "base_center", "base_scale_weight",
+)  # fmt: skip
 _FAMILY = tuple(Family.__struct_fields__)
 
 Vector = NDArray[np.float32]
@@ -78,10 +92,19 @@ class ServedModel(msgspec.Struct, frozen=True):
     width: float
 
 
+class Effect(NamedTuple):
+    """In logs: what the prompt tells, what it asks for, how widely answers spread."""
+
+    told: float
+    pull: float
+    log_scale: float
+
+
 class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
     """See the module's text. ``linear`` (w), ``rarity``: (HASH_SIZE,); ``dense_*``: (dense features,);
     ``vector_*``: (dimensions,), of length 0 without an encoder, else ``encoder`` is needed to place a request.
-    ``effect_low`` and ``effect_high`` bound the effect without its pull, so that an odd prompt gets no absurd one."""
+    ``own_low`` and ``own_high`` bound what the model adds to its base, so that an odd prompt gets nothing absurd.
+    ``prompts``: hashes of the prompts that it was trained on, (n,) rising, or none (`prompt_hashes`)."""
 
     linear: Vector
     rarity: Vector
@@ -93,14 +116,21 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
     location_trees: Trees
     scale_trees: Trees
     pull_weight: float
-    effect_low: float
-    effect_high: float
+    own_low: float
+    own_high: float
     mix: float
+    own_weight: float
+    scale_weight: float
     family: Family
     served: dict[str, ServedModel]
     unknown: ServedModel
     about: dict[str, Any]
     encoder: TextEncoder | None = None
+    base: "LengthModel | None" = None
+    base_weight: float = 0.0
+    base_center: float = 0.0
+    base_scale_weight: float = 0.0
+    prompts: NDArray[np.uint32] = np.zeros(0, dtype=np.uint32)
 
     def place(self, text: str, max_tokens: int | None, model: str) -> Place:
         """Where the answer to ``text`` lies. Bounded work; raises nothing whatever the text."""
@@ -110,22 +140,65 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
         """The same from features; ``text`` is read by an encoder alone."""
         known = self.served.get(model)
         served = known or self.unknown
+        at = self.effect(features, text, served)
+        location = served.offset + served.slope * at.told + at.pull
+        return Place(location, served.width * math.exp(at.log_scale), known is not None)
+
+    def effect(self, features: Features, text: str, served: ServedModel) -> Effect:
+        """What one request's answer differs by from a served model's level, before its slope and width. A base speaks of
+        no model in particular."""
+        base, base_scale = 0.0, 0.0
+        if self.base is not None:
+            at = self.base.effect(features, text, self.base.unknown)
+            base, base_scale = at.told + at.pull - self.base_center, at.log_scale
         rarity = self.rarity[features.words]
         norm = float(np.sqrt(rarity @ rarity)) or 1.0
         words = self.intercept + float(rarity @ self.linear[features.words]) / norm
         words += float(np.clip(features.dense - self.dense_mean, -CLIP, CLIP) @ self.dense_weight)
         if self.encoder is not None:
             words += float((self.encoder.encode([text])[0] - self.vector_mean) @ self.vector_weight)
-        row = np.concatenate([features.dense, np.array([words, served.offset, served.spread], dtype=np.float32)])
+        level = np.array([words, served.offset, served.spread, base, base_scale], dtype=np.float32)
+        row = np.concatenate([features.dense, level])
+        own = self.own_weight * (self.mix * self.location_trees.one(row) + (1.0 - self.mix) * words)
+        told = self.base_weight * base + min(max(own, self.own_low), self.own_high)
         pull = self.pull_weight * float(asked_pull(features.dense[None, :], served.offset)[0])
-        plain = self.mix * self.location_trees.one(row) + (1.0 - self.mix) * words
-        effect = min(max(plain, self.effect_low), self.effect_high) + pull
-        row[-3] = effect
-        scale = served.width * float(np.exp(self.scale_trees.one(row)))
-        return Place(served.offset + served.slope * effect, scale, known is not None)
+        row[-_TOLD] = told + pull
+        log_scale = self.scale_weight * self.scale_trees.one(row) + self.base_scale_weight * base_scale
+        return Effect(told, pull, log_scale)
+
+    def effects(self, dense: Vector, bags: Any) -> tuple[Floats, Floats]:
+        """What `effect` tells (told and pull together, log-scale) of many requests to no served model in particular.
+        ``dense``: (n, dense features); ``bags``: sparse (n, HASH_SIZE) of ones.
+
+        Raises:
+            ConfigError: the model reads embeddings, which a base may not.
+        """
+        if self.encoder is not None:
+            raise ConfigError("A model that was trained with --encoder cannot be the base of another.")
+        told = (np.zeros(len(dense)), np.zeros(len(dense)))
+        if self.base is not None:
+            told = self.base.effects(dense, bags)
+        base = told[0] - self.base_center
+        norm = np.sqrt(bags @ (self.rarity.astype(np.float64) ** 2))
+        words = self.intercept + (bags @ (self.rarity * self.linear).astype(np.float64)) / np.where(norm > 0, norm, 1.0)
+        words = words + np.clip(dense - self.dense_mean, -CLIP, CLIP) @ self.dense_weight
+        offset, spread = (np.full(len(dense), level) for level in (self.unknown.offset, self.unknown.spread))
+        rows = np.column_stack([dense, words, offset, spread, base, told[1]]).astype(np.float32)
+        own = self.own_weight * (self.mix * self.location_trees.many(rows) + (1.0 - self.mix) * words)
+        own = np.clip(own, self.own_low, self.own_high)
+        effect = self.base_weight * base + own + self.pull_weight * asked_pull(dense, offset)
+        rows[:, -_TOLD] = effect
+        return effect, self.scale_weight * self.scale_trees.many(rows) + self.base_scale_weight * told[1]
+
+    def has_seen(self, groups: Iterable[str]) -> NDArray[np.bool_]:
+        """Which of these prompts (`records.Record.group`) the model was trained on, where it remembers them."""
+        return np.isin(prompt_hashes(groups), self.prompts)
 
     def save(self, path: Path) -> None:
-        """Write the model to ``path`` (.npz)."""
+        """Write the model to ``path`` (.npz), its base included."""
+        path.write_bytes(self._packed())
+
+    def _packed(self) -> bytes:
         arrays: dict[str, Any] = {name: getattr(self, name) for name in _FLOAT32}
         arrays |= {name: arrays[name].astype(np.float16) for name in ("linear", "rarity")}
         arrays |= {name: getattr(self.family, name) for name in _FAMILY}
@@ -133,15 +206,22 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
             arrays |= {f"{name}_{field}": getattr(trees, field) for field in _TREES}
         header = {
             "format": FORMAT, "version": VERSION, "features": list(DENSE_NAMES), "hash_size": HASH_SIZE,
-            "intercept": self.intercept, "pull_weight": self.pull_weight, "mix": self.mix,
-            "effect_low": self.effect_low, "effect_high": self.effect_high, "about": self.about,
+            **{name: getattr(self, name) for name in _NUMBERS}, "about": self.about,
             "encoder": None if self.encoder is None else self.encoder.about,
             "unknown": msgspec.to_builtins(self.unknown),
             "served": [msgspec.to_builtins(served) for served in self.served.values()],
         }  # fmt: skip
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-        with path.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+        arrays["prompts"] = self.prompts
+        arrays["base"] = np.frombuffer(b"" if self.base is None else self.base._packed(), dtype=np.uint8)
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays)
+        return file.getvalue()
+
+
+def prompt_hashes(groups: Iterable[str]) -> NDArray[np.uint32]:
+    """What a model remembers prompts by: 32 bits each, in order. Shape (n,)."""
+    return np.array([zlib.crc32(group.encode("utf-8", "surrogatepass")) for group in groups], dtype=np.uint32)
 
 
 def asked_pull(dense: Vector, offset: Floats | float) -> Floats:
@@ -162,50 +242,56 @@ def load_model(path: Path) -> LengthModel:
     try:
         if path.stat().st_size > _BYTES_MAX:
             raise BadInputError(f"{path} is too large to be a length model.")
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(arrays["header"].tobytes())
-        _check_header(path, header)
-        model = _of_arrays(arrays, header)
+        model = _unpacked(path, path.read_bytes())
     except FileNotFoundError as error:
         raise BadInputError(f"There is no length model {path}: make one with `block length train`.") from error
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise BadInputError(f"{path} is not a length model, or a damaged one: {error}.") from error
+        raise BadInputError(f"{path} is not a length model, or a damaged one.") from error
     if not _fits_together(model):
         raise BadInputError(f"{path} is a damaged length model: its parts do not fit together.")
     return model
 
 
+def _unpacked(path: Path, raw: bytes) -> LengthModel:
+    with np.load(io.BytesIO(raw), allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    header = json.loads(arrays["header"].tobytes())
+    _check_header(path, header)
+    base = _unpacked(path, arrays["base"].tobytes()) if len(arrays["base"]) else None
+    return _of_arrays(arrays, header, base)
+
+
 def _check_header(path: Path, header: dict[str, Any]) -> None:
     if header.get("format") != FORMAT:
         raise BadInputError(f"{path} is not a length model.")
-    if header.get("version") != VERSION or header["features"] != list(DENSE_NAMES) or header["hash_size"] != HASH_SIZE:
+    same = header["features"] == list(DENSE_NAMES) and header["hash_size"] == HASH_SIZE
+    if header.get("version") != VERSION or not same:
+        why = "other features" if header.get("version") == VERSION else f"this one reads {VERSION}"
         raise BadInputError(
-            f"{path} is a length model of another version of Block (format {header.get('version')}, this one reads "
-            f"{VERSION}): train it anew with `block length train`."
+            f"{path} is a length model of another version of Block (format {header.get('version')}, {why}): train it "
+            "anew with `block length train`."
         )
 
 
-def _of_arrays(arrays: dict[str, NDArray[Any]], header: dict[str, Any]) -> LengthModel:
+def _of_arrays(arrays: dict[str, NDArray[Any]], header: dict[str, Any], base: LengthModel | None) -> LengthModel:
     encoder: TextEncoder | None = None
     if header["encoder"] is not None:
         from block.length.encoder import encoder_of
 
         encoder = encoder_of(header["encoder"])
+    parts: dict[str, Any] = {name: arrays[name].astype(np.float32) for name in _FLOAT32}
+    parts |= {name: float(header[name]) for name in _NUMBERS}
     return LengthModel(
-        **{name: arrays[name].astype(np.float32) for name in _FLOAT32},
-        intercept=float(header["intercept"]),
+        **parts,
         location_trees=Trees(*(arrays[f"location_{field}"] for field in _TREES)),
         scale_trees=Trees(*(arrays[f"scale_{field}"] for field in _TREES)),
-        pull_weight=float(header["pull_weight"]),
-        effect_low=float(header["effect_low"]),
-        effect_high=float(header["effect_high"]),
-        mix=float(header["mix"]),
         family=Family(*(arrays[name].astype(np.float64) for name in _FAMILY)),
         served={model.name: model for model in msgspec.convert(header["served"], list[ServedModel])},
         unknown=msgspec.convert(header["unknown"], ServedModel),
         about=dict(header["about"]),
         encoder=encoder,
+        base=base,
+        prompts=arrays["prompts"].astype(np.uint32),
     )
 
 
@@ -220,7 +306,9 @@ def _fits_together(model: LengthModel) -> bool:
         and len(family.scales) > 1
         and family.residuals.shape == (len(family.scales), len(family.above))
         and all(np.isfinite(part).all() for part in numbers)
-        and all(_walkable(trees, dense + 3) for trees in (model.location_trees, model.scale_trees))
+        and all(np.isfinite(getattr(model, name)) for name in _NUMBERS)
+        and (model.base is None or _fits_together(model.base))
+        and all(_walkable(trees, dense + _TOLD) for trees in (model.location_trees, model.scale_trees))
     )
 
 

@@ -12,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from block.core import Request
+from block.errors import BadInputError
 from block.length.distribution import DistributionBank, Floats
 from block.length.grid import TOKENS_MAX
+from block.length.learned import LearnedEstimator
 from block.length.model import LengthModel, Place, Placer
 from block.length.records import Record
 from block.length.simple import HistoryEstimator
-from block.length.train import fit, fold_of
+from block.length.tabulate import fold_of
+from block.length.train import fit
 
 QUANTILES = (0.1, 0.5, 0.9)
 Told = NDArray[np.float64]
@@ -91,6 +94,18 @@ def _place(model: Placer, record: Record) -> Place:
     return model.place(record.text, record.max_tokens, record.model)
 
 
+def tell_corrected(model: Placer, train: Sequence[Record]) -> Teller:
+    """The same model in service: after it has told, and learned of, every training record once."""
+    estimator = LearnedEstimator(model=model)
+    for i in np.random.default_rng(0).permutation(len(train)):
+        request = _request(train[int(i)], "served")
+        estimator.estimate(request)
+        estimator.observe(request, train[int(i)].output_tokens)
+    return lambda records: np.array(
+        [[told.quantile(q) for q in QUANTILES] for told in map(estimator.estimate, map(_request, records))]
+    )
+
+
 def tell_constant(train: Sequence[Record], point: str = "quantiles") -> Teller:
     """Baseline: of each served model the quantiles of its lengths, or its mean thrice, whatever the prompt."""
     lengths = _by_model(train)
@@ -149,8 +164,15 @@ def cross_validate(
     folds: int = 5,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Told]:
-    """What each estimator tells of every record when trained on the other folds. Shapes (n, 3), records' order."""
-    fold = np.array([fold_of(r.key, folds) for r in records])
+    """What each estimator tells of every record when trained on the other folds. Shapes (n, 3), records' order.
+
+    Raises:
+        BadInputError: fewer different prompts than folds.
+    """
+    prompts = len({r.group for r in records})
+    if prompts < folds:
+        raise BadInputError(f"The records are of {prompts} different prompts, too few for {folds} folds to score on.")
+    fold = np.array([fold_of(r.group, folds) for r in records])
     told = {name: np.zeros((len(records), 3)) for name in tellers}
     for k in range(folds):
         train = [r for r, f in zip(records, fold, strict=True) if f != k]
@@ -248,9 +270,9 @@ def _by_model(records: Sequence[Record]) -> dict[str, Floats]:
     return {model: np.array(own) for model, own in lengths.items()}
 
 
-def _request(record: Record) -> Request:
+def _request(record: Record, name: str = "") -> Request:
     return Request(
-        id="", arrived_s=0.0, prompt_tokens=0, model=record.model, max_tokens=record.max_tokens, prompt=record.text
+        id=name, arrived_s=0.0, prompt_tokens=0, model=record.model, max_tokens=record.max_tokens, prompt=record.text
     )
 
 

@@ -1,22 +1,31 @@
-"""Readers of public prompt-and-answer sets, known by their shape: where an estimator can learn before there are logs.
+"""Reads logs and public sets of prompts and answers: JSONL, JSON, both gzipped, archives and folders of them.
 
-Lengths are tokens where the set counts them, words times 1.3 otherwise. Fixed ``max_tokens`` of the sampling are kept.
+What a row means is told by its fields (`rows`). Two layouts are more than rows: FastChat's arena folders (questions
+and the answers of several models) and sampling reports (prompts with outputs under several settings). Lengths are
+tokens where the set counts them, words times 1.3 otherwise. Fixed ``max_tokens`` of the sampling are kept.
 """
 
 import gzip
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from block.errors import BadInputError
-from block.length.records import Record, answer_tokens, read_log
+from block.length.records import Record, answer_tokens
+from block.length.rows import records_of
 from block.length.text import request_text
+
+_KNOWN = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".tar.gz", ".tgz", ".tar")
+_REMEDY = "a row needs output_tokens or the answer's text, and prompt or messages"
 
 
 def read_records(paths: Iterable[Path], *, model: str = "") -> list[Record]:
-    """All records of files and folders; ``model`` names the served model where a file does not.
+    """All records of files and folders; ``model`` names the served model where a record does not.
 
     Raises:
         BadInputError: a path does not exist, holds nothing known, or cannot be read.
@@ -26,66 +35,72 @@ def read_records(paths: Iterable[Path], *, model: str = "") -> list[Record]:
         if not path.exists():
             raise BadInputError(f"{path} does not exist.")
         before = len(records)
-        records.extend(_read(path, model))
+        records.extend(
+            record if record.model else msgspec.structs.replace(record, model=model) for record in _read(path)
+        )
         if len(records) == before:
-            raise BadInputError(f"{path} has no record with a prompt and a length.")
+            raise BadInputError(f"{path} has no record: {_REMEDY}.")
     return records
 
 
-def _read(path: Path, model: str) -> Iterator[Record]:
+def _read(path: Path) -> Iterator[Record]:
     if path.is_dir() and not (path / "model_answer").is_dir():
         for child in sorted(path.iterdir()):
-            if child.is_dir() or ".jsonl" in child.name or child.name.endswith((".json", ".json.gz", ".tar.gz")):
-                yield from _read(child, model)
+            if child.is_dir() or child.name.endswith(_KNOWN) or ".jsonl" in child.name:
+                yield from _read(child)
         return
     try:
         if path.is_dir():
-            yield from _arena(_folder_files(path), path.name)
-        elif path.name.endswith(".tar.gz"):
+            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            yield from _arena({str(file.relative_to(path)): file.read_bytes() for file in files}, path.name)
+        elif path.name.endswith((".tar.gz", ".tgz", ".tar")):
             yield from _archive(path)
         else:
-            yield from _file(path, model)
-    except (
-        OSError,
-        EOFError,
-        tarfile.TarError,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        KeyError,
-        TypeError,
-    ) as error:
-        raise BadInputError(f"{path} cannot be read as a set of prompts and answers: {error!r}.") from error
+            yield from _rows(path.read_bytes(), str(path), path.name.split(".")[0])
+    except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise BadInputError(f"{path} cannot be read as prompts and answers: {error!r}.") from error
 
 
-def _file(path: Path, model: str) -> Iterator[Record]:
-    name = path.name.split(".")[0]
-    if ".jsonl" not in path.name:
-        for row in _loads(path.read_bytes()):
-            yield _instruction(row, model or "gpt-4", name)
-        return
+def _rows(raw: bytes, where: str, dataset: str) -> Iterator[Record]:
+    """Records of a JSON document (rows, or a sampling report) or of JSON lines."""
+    text = _unzipped(raw)
+    if text.lstrip()[:1] == b"[" or b"\n" not in text.strip():
+        document = _decoded(text)
+        if isinstance(document, list):
+            for number, row in enumerate(document, 1):
+                yield from _of_row(row, f"{where}, row {number}", dataset)
+            return
+        if isinstance(document, Mapping) and isinstance(document.get("prompts"), list):
+            yield from _sampling_report(document, dataset)
+            return
+    yield from _lines(text, where, dataset)
+
+
+def _lines(text: bytes, where: str, dataset: str) -> Iterator[Record]:
+    """One row a line. The last may be unfinished: a log that is still written, or whose writer was stopped."""
+    lines = [(number, line) for number, line in enumerate(text.split(b"\n"), 1) if line.strip()]
+    if lines and _decoded(lines[0][1]) is None:  # no lines: a document over several of them, or nothing known
+        document = _decoded(text)
+        if isinstance(document, Mapping) and isinstance(document.get("prompts"), list):
+            yield from _sampling_report(document, dataset)
+            return
+    for number, line in lines:
+        try:
+            row = msgspec.json.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            if len(lines) > 1 and number == lines[-1][0]:
+                return
+            raise BadInputError(f"{where}, line {number} is not JSON: {error}.") from error
+        yield from _of_row(row, f"{where}, line {number}", dataset)
+
+
+def _of_row(row: Any, where: str, dataset: str) -> Iterator[Record]:
+    if not isinstance(row, Mapping):
+        raise BadInputError(f"{where} is not a JSON object: {_REMEDY}.")
     try:
-        first: dict[str, Any] = next(_loads_lines(path.read_bytes()), {})
-    except json.JSONDecodeError:
-        first = {}  # a log: `read_log` says which line
-    if not isinstance(first, dict):
-        first = {}
-    if "user_query" in first:
-        for row in _loads_lines(path.read_bytes()):
-            tokens = answer_tokens(row["chatgpt_response"])
-            yield Record(text=row["user_query"], output_tokens=tokens, model=model or "chatgpt", dataset=name)
-    elif "requests" in first:
-        for row in _loads_lines(path.read_bytes()):
-            for asked in row["requests"]:
-                tokens = max(1, int(asked["Output Length"]))
-                yield Record(text=asked["prompt"], output_tokens=tokens, model=model or "sharegpt", dataset=name)
-    else:
-        for record in read_log(path):
-            yield record if record.model or not model else _named(record, model)
-
-
-def _instruction(row: dict[str, Any], model: str, name: str) -> Record:
-    asked = "\n".join(part for part in (row["instruction"], row.get("input", "")) if part)
-    return Record(text=asked, output_tokens=answer_tokens(row["response"]), model=model, dataset=name)
+        yield from records_of(row, dataset)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise BadInputError(f"{where} cannot be understood: {error}.") from error
 
 
 def _archive(path: Path) -> Iterator[Record]:
@@ -94,37 +109,39 @@ def _archive(path: Path) -> Iterator[Record]:
             member.name: file.read() for member in archive if member.isfile() and (file := archive.extractfile(member))
         }
     name = path.name.split(".")[0]
-    if any(file.endswith("question.jsonl") for file in files):
+    if any("question.jsonl" in file for file in files):
         yield from _arena(files, name)
         return
-    for member_name, raw in files.items():
-        if member_name.endswith((".json", ".jsonl")):
-            yield from _sampling_report(json.loads(raw), name)
+    for member, raw in files.items():
+        if member.endswith((".json", ".jsonl", ".gz")):
+            yield from _rows(raw, f"{path}, {member}", name)
 
 
 def _arena(files: dict[str, bytes], name: str) -> Iterator[Record]:
-    """Questions and the answers of several models (FastChat's layout)."""
-    asked: dict[str, list[str]] = {}
+    """Questions and the answers of several models (FastChat's layout); the first turn alone."""
+    asked: dict[str, str] = {}
     for file, raw in files.items():
         if "question.jsonl" in file:
             for row in _loads_lines(raw):
                 turn = row["turns"][0]
-                asked[row["question_id"]] = turn["content"] if isinstance(turn, dict) else turn
+                asked[row["question_id"]] = str(turn["content"] if isinstance(turn, dict) else turn)
     for file, raw in files.items():
-        if "model_answer" not in file:
+        if "model_answer" not in file or ".jsonl" not in file:
             continue
         for row in _loads_lines(raw):
             turn = row["choices"][0]["turns"][0]
             answer = turn["content"] if isinstance(turn, dict) else turn
             tokens = turn.get("token_len") if isinstance(turn, dict) else None
             if row["question_id"] in asked and answer.strip():
-                text = str(asked[row["question_id"]])
                 yield Record(
-                    text=text, output_tokens=tokens or answer_tokens(answer), model=row["model_id"], dataset=name
+                    text=asked[row["question_id"]],
+                    output_tokens=tokens or answer_tokens(answer),
+                    model=row["model_id"],
+                    dataset=name,
                 )
 
 
-def _sampling_report(report: dict[str, Any], name: str) -> Iterator[Record]:
+def _sampling_report(report: Mapping[str, Any], name: str) -> Iterator[Record]:
     """Prompts with outputs under several decoding settings (Open-Assistant's reports)."""
     for asked in report["prompts"]:
         for result in asked["results"]:
@@ -139,23 +156,21 @@ def _sampling_report(report: dict[str, Any], name: str) -> Iterator[Record]:
                     )  # fmt: skip
 
 
-def _folder_files(folder: Path) -> dict[str, bytes]:
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-
-def _named(record: Record, model: str) -> Record:
-    import msgspec
-
-    return msgspec.structs.replace(record, model=model)
-
-
-def _loads(raw: bytes) -> Any:
-    return json.loads(_unzipped(raw))
-
-
 def _loads_lines(raw: bytes) -> Iterator[Any]:
-    return (json.loads(line) for line in _unzipped(raw).splitlines() if line.strip())
+    try:
+        for line in _unzipped(raw).splitlines():
+            if line.strip():
+                yield json.loads(line)
+    except ValueError as error:
+        raise TypeError(f"a line is not JSON: {error}") from error
+
+
+def _decoded(text: bytes) -> Any:
+    """The JSON document, or ``None``."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def _unzipped(raw: bytes) -> bytes:

@@ -20,7 +20,8 @@ from block.length.encoder import load_encoder, seen_text
 from block.length.family import Family, fit_family
 from block.length.model import Place, ServedModel
 from block.length.records import Record
-from block.length.train import RECORDS_MIN, fold_of, levels, typical
+from block.length.tabulate import fold_of
+from block.length.train import RECORDS_MIN, levels, typical
 
 FORMAT = "block-length-transformer"
 VERSION = 1
@@ -132,7 +133,7 @@ def fine_tune(
     log_tokens = np.log([r.output_tokens for r in records])
     offset, spread = levels(log_tokens, model)
     target = log_tokens - offset[model]
-    held = np.array([fold_of(r.text, salt="held") == 0 for r in records])
+    held = np.array([fold_of(r.group, salt="held") == 0 for r in records])
     texts = [r.text for r in records]
     limit = min(tokens_max, int(getattr(encoder.config, "max_position_embeddings", tokens_max)) - 2)
     encoder.to(device).train()

@@ -1,0 +1,115 @@
+"""What a model of other prompts is worth on a set that it never saw: as it is, corrected in service, as a base to train from.
+
+Run: python experiments/length_transfer.py --sets FOLDER [--only NAME ...] [--records 200] [--seeds 3] [--out FOLDER]
+
+For every public set a base is trained on all other sets (prompts that occur in both left out), as `ship_lengths.py` trains
+the shipped model on all. Then, on at most `TESTED` records of other prompts than those learned from:
+
+as it is     the base, which does not know the served model's level
+corrected    the base after it served the N records, as a gateway does
+alone        a model trained on the N records from nothing
+from base    a model trained on the N records from the base
+
+Last, five folds of all records, alone (with --whole-from-base from the base too).
+
+Gains are against constants of the N records: MAE against the median and the mean, pinball against the 10, 50 and 90 % quantiles.
+"""
+
+import argparse
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from block.length.model import LengthModel
+from block.length.records import Record
+from block.length.scores import TELLERS, Told, cross_validate, score, tell_corrected, tell_learned
+from block.length.sets import read_records
+from block.length.train import fit
+from ship_lengths import trained, training_records
+
+TESTED = 2000
+HEAD = ("set", "records", "estimator", "mae", "mae_vs_mean", "mae_vs_median", "pinball_vs_constant", "coverage", "rank")
+
+
+def split(records: Sequence[Record], count: int, seed: int) -> tuple[list[Record], list[Record]]:
+    """About ``count`` records of some prompts, and at most `TESTED` of the others."""
+    rng = np.random.default_rng(seed)
+    size = Counter(record.group for record in records)
+    groups = sorted(size)
+    rng.shuffle(groups)
+    learned = set(groups[: int(np.searchsorted(np.cumsum([size[g] for g in groups]), count)) + 1])
+    test = [record for record in records if record.group not in learned]
+    kept = rng.permutation(len(test))[:TESTED]
+    return [record for record in records if record.group in learned], [test[int(i)] for i in kept]
+
+
+def figures(told: dict[str, Told], true: np.ndarray) -> dict[str, list[float]]:
+    constant, mean = (score(told[name], true) for name in ("constant", "constant mean"))
+    rows = {}
+    for name, quantiles in told.items():
+        own = score(quantiles, true)
+        rows[name] = [
+            own.mae_tokens, own.mae_tokens / mean.mae_tokens - 1, own.mae_tokens / constant.mae_tokens - 1,
+            own.pinball_tokens / constant.pinball_tokens - 1, own.coverage_80_fraction, own.rank_correlation or 0.0,
+        ]  # fmt: skip
+    return rows
+
+
+def few(records: Sequence[Record], base: LengthModel, count: int, seed: int) -> dict[str, list[float]]:
+    train, test = split(records, count, seed)
+    tellers = {
+        "constant": TELLERS["constant"](train), "constant mean": TELLERS["constant mean"](train),
+        "as it is": tell_learned(base), "corrected": tell_corrected(base, train),
+        "alone": tell_learned(fit(train)), "from base": tell_learned(fit(train, base=base)),
+    }  # fmt: skip
+    return figures({name: tell(test) for name, tell in tellers.items()}, _true(test))
+
+
+def whole(records: Sequence[Record], base: LengthModel | None) -> dict[str, list[float]]:
+    tellers = {
+        "constant": TELLERS["constant"], "constant mean": TELLERS["constant mean"], "alone": TELLERS["learned"],
+    }  # fmt: skip
+    if base is not None:
+        tellers["from base"] = lambda train: tell_learned(fit(train, base=base))
+    return figures(cross_validate(records, tellers), _true(records))
+
+
+def _true(records: Sequence[Record]) -> np.ndarray:
+    return np.array([float(record.output_tokens) for record in records])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--records", nargs="*", type=int, default=[200])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--whole-from-base", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    every = read_records([options.sets])
+    for name in options.only or sorted({record.dataset for record in every}):
+        own = [record for record in every if record.dataset == name]
+        known = {record.key for record in own}
+        base = trained([r for r in training_records(every) if r.dataset != name and r.key not in known])
+        with (options.out / f"length-transfer-{name}.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(HEAD)
+            for count in options.records:
+                runs = [few(own, base, count, seed) for seed in range(1, options.seeds + 1)]
+                write(table, name, count, {who: np.mean([run[who] for run in runs], axis=0) for who in runs[0]})
+            write(table, name, len(own), whole(own, base if options.whole_from_base else None))
+
+
+def write(table: object, name: str, count: int, rows: dict[str, Sequence[float]]) -> None:
+    for who, numbers in rows.items():
+        cells = [name, count, who, f"{numbers[0]:.4g}", *(f"{number:.3f}" for number in numbers[1:])]
+        table.writerow(cells)  # type: ignore[attr-defined]
+        print("  ".join(f"{cell:>16}" for cell in cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
