@@ -1,4 +1,4 @@
-"""Streams that go on: of two real vLLM instances behind the gateway one stops or dies in mid-stream, and no client sees it.
+"""Streams that go on, and vLLM's other routes: of two real vLLM instances behind the gateway one stops or dies in mid-stream, and no client sees it.
 
 In float32, because in bfloat16 the two best tokens are often equal to the last bit, and which one wins may then depend on
 whether a token was computed alone or with its prompt.
@@ -49,7 +49,14 @@ def pair(python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         for core in (0, 1):
             name = f"test-{os.getpid()}-goes-on-{core}"
             server = VllmServer(
-                python, model, folder / f"{core}.log", name=name, core=core, plugin=False, arguments=LIMITS
+                python,
+                model,
+                folder / f"{core}.log",
+                name=name,
+                core=core,
+                plugin=False,
+                arguments=LIMITS,
+                environment={"VLLM_ENABLE_RESPONSES_API_STORE": "1"},
             )
             programs.append(server)
             servers.append(server)
@@ -138,6 +145,34 @@ def check_same(answers: list[Answer], undisturbed: list[Answer]) -> None:
 def signal_all(server: VllmServer, number: int) -> None:
     for pid in server.members():
         os.kill(pid, number)
+
+
+async def test_the_other_routes_of_vllm_go_through(pair: Pair) -> None:
+    """Responses are kept by the instance that made them; reading one finds it there."""
+    message = {"model": "tiny", "max_tokens": 8, "messages": [{"role": "user", "content": "a request enters"}]}
+    async with aiohttp.ClientSession(pair.url, timeout=aiohttp.ClientTimeout(total=60)) as session:
+
+        async def ask(method: str, path: str, body: Any = None) -> tuple[int, Any]:
+            async with session.request(method, path, json=body) as answer:
+                return answer.status, await answer.json(content_type=None)
+
+        asked = {"model": "tiny", "input": "a request enters", "max_output_tokens": 8, "temperature": 0}
+        for _ in range(3):
+            status, made = await ask("POST", "/v1/responses", asked)
+            assert (status, made["object"]) == (200, "response"), made
+            for _ in range(3):
+                status, found = await ask("GET", f"/v1/responses/{made['id']}")
+                assert (status, found["id"]) == (200, made["id"]), found
+        async with session.post("/v1/responses", json=asked | {"stream": True}) as answer:
+            assert b"response.completed" in await answer.read()
+        status, told = await ask("POST", "/v1/messages", message)
+        assert (status, told["type"]) == (200, "message"), told
+        status, told = await ask("POST", "/tokenize", {"model": "tiny", "prompt": "a request enters"})
+        assert (status, told["count"]) == (200, len(told["tokens"]))
+        assert (await ask("GET", "/version"))[0] == 200
+        status, told = await ask("POST", "/v1/embeddings", {"model": "tiny", "input": "x"})
+        assert 400 <= status < 500, told  # this model makes none, and says so itself
+        assert (await ask("POST", "/pause"))[0] == 404  # what changes an engine is not passed on
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
