@@ -1,4 +1,5 @@
-"""Streams that go on, and vLLM's other routes: of two real vLLM instances behind the gateway one stops or dies in mid-stream, and no client sees it.
+"""Streams that go on, and vLLM's other routes: of two real instances behind the gateway one stops or dies in mid-stream,
+and no client sees it.
 
 In float32, because in bfloat16 the two best tokens are often equal to the last bit, and which one wins may then depend on
 whether a token was computed alone or with its prompt.

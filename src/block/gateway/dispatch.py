@@ -354,11 +354,8 @@ class Dispatcher:
         """What waits at an instance that has been silent for too long is asked of another one: requests that have no byte
         of their answer yet, and streams that can go on."""
         after_s = self.config.continue_silent_s
-        silent = [
-            i
-            for i in self.pool.instances.values()
-            if after_s and i.suspect and i.in_flight and now_s - i.last_byte_s > after_s
-        ]
+        instances = self.pool.instances.values()
+        silent = [i for i in instances if after_s and i.suspect and i.in_flight and i.silent_s > after_s]
         if not silent:
             return
         for exchange in [x for x in self.active if x.instance in silent and now_s - x.sent_s > after_s]:
