@@ -134,8 +134,8 @@ class Dispatcher:
     def eligible(self, exchange: Exchange) -> Sequence[InstanceId]:
         """Instances that may get it, those that failed it, and those that its client did not ask for, left out."""
         ids = self.pool.eligible(exchange.request.model)
-        if exchange.only is not None:
-            ids = tuple(i for i in ids if i in exchange.only)
+        if exchange.asked.only is not None:
+            ids = tuple(i for i in ids if i in exchange.asked.only)
         return [i for i in ids if i not in exchange.tried] if exchange.tried else ids
 
     def _dispatch(self, exchange: Exchange) -> None:
@@ -196,14 +196,14 @@ class Dispatcher:
             exchange.refuse(error, b"retry-after: 1\r\n")
 
     def _why_nobody(self, exchange: Exchange) -> str:
-        if exchange.only is None:
+        if exchange.asked.only is None:
             return self.pool.why_none()
-        states = [f"{i}: {self.pool.instances[i].reason}" for i in exchange.only if i in self.pool.instances]
+        states = [f"{i}: {self.pool.instances[i].reason}" for i in exchange.asked.only if i in self.pool.instances]
         return "; ".join(states[:8]) or "none of those that the request asks for is here"
 
     def _full(self, exchange: Exchange) -> bool:
         """Instances for it are ready, all at their limit."""
-        return self.pool.full(exchange.request.model, exchange.only)
+        return self.pool.full(exchange.request.model, exchange.asked.only)
 
     def send(self, exchange: Exchange, decision: Decision) -> None:
         """Send it where the decision says."""

@@ -48,7 +48,7 @@ class Queue:
                 return
             if exchange.over:
                 continue
-            model, picky = exchange.request.model, exchange.only is not None
+            model, picky = exchange.request.model, exchange.asked.only is not None
             if (model in full and not picky) or blocked(exchange):
                 self._waiting.append(exchange)
                 if not picky:
