@@ -76,8 +76,15 @@ def pair(python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
             program.stop()
 
 
-async def stream(session: aiohttp.ClientSession, url: str, n: int, *, chat: bool, begun: list[int]) -> Answer:
-    """One greedy answer; ``begun[n]`` counts its events."""
+class Under(NamedTuple):
+    """A stream under way: by which instance, and how many events came."""
+
+    instance: str
+    events: int
+
+
+async def stream(session: aiohttp.ClientSession, url: str, n: int, *, chat: bool, under: dict[int, Under]) -> Answer:
+    """One greedy answer; ``under[n]`` says how far it is, while it is under way."""
     body: dict[str, Any] = {
         "model": "tiny", "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "stream": True,
         "stream_options": {"include_usage": True}, "return_token_ids": n == 0,
@@ -88,6 +95,7 @@ async def stream(session: aiohttp.ClientSession, url: str, n: int, *, chat: bool
     usage, error, done = None, None, False
     async with session.post(url + path, json=body) as answer:
         assert answer.status == 200, await answer.text()
+        instance = answer.headers.get("x-gateway-destination-endpoint", "")
         async for line in answer.content:
             if not line.startswith(b"data: "):
                 continue
@@ -104,25 +112,26 @@ async def stream(session: aiohttp.ClientSession, url: str, n: int, *, chat: bool
                 text += (choice["delta"].get("content") or "") if chat else choice["text"]
                 tokens += choice.get("token_ids") or []
                 finish += [choice["finish_reason"]] if choice["finish_reason"] else []
-            begun[n] += 1
+            under[n] = Under(instance, under[n].events + 1 if n in under else 1)
+    under.pop(n, None)
     return Answer(text, ids, finish, usage, tokens, error, done)
 
 
-async def all_streams(url: str, *, chat: bool, begun: list[int] | None = None) -> list[Answer]:
-    begun = [0] * STREAMS if begun is None else begun
+async def all_streams(url: str, *, chat: bool, under: dict[int, Under] | None = None) -> list[Answer]:
+    under = {} if under is None else under
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=240)) as session:
-        return await asyncio.gather(*(stream(session, url, n, chat=chat, begun=begun) for n in range(STREAMS)))
+        return await asyncio.gather(*(stream(session, url, n, chat=chat, under=under) for n in range(STREAMS)))
 
 
 async def disturbed(pair: Pair, *, chat: bool, how: Any) -> tuple[list[Answer], float, list[int]]:
-    """The answers when ``how`` happens while all of them are under way; the seconds they took, and how far they were."""
+    """The answers when ``how`` happens to instance e1 while streams of it are under way; the seconds they took, and how far
+    those streams were."""
     began_s = time.monotonic()
-    begun = [0] * STREAMS
-    answers = asyncio.create_task(all_streams(pair.url, chat=chat, begun=begun))
-    while min(begun) < 50:
+    under: dict[int, Under] = {}
+    answers = asyncio.create_task(all_streams(pair.url, chat=chat, under=under))
+    while not (at := [each.events for each in under.values() if each.instance == "e1"]) or max(at) < 50:
         assert not answers.done(), await answers
-        await asyncio.sleep(0.005)
-    at = list(begun)
+        await asyncio.sleep(0.002)
     how()
     return await answers, time.monotonic() - began_s, at
 
@@ -136,11 +145,16 @@ async def continued(pair: Pair) -> float:
 def check_same(answers: list[Answer], undisturbed: list[Answer]) -> None:
     for n, (got, wanted) in enumerate(zip(answers, undisturbed, strict=True)):
         assert got.error is None, (n, got.error)
-        assert got.text == wanted.text, n
-        assert got.tokens == wanted.tokens, n
+        assert got.tokens == wanted.tokens, (n, _differ(got.tokens, wanted.tokens))
+        assert got.text == wanted.text, (n, _differ(got.text, wanted.text))
         assert (got.finish, got.done, got.usage) == (["length"], True, wanted.usage), n
         assert len(got.ids) == 1, n
     assert len(answers[0].tokens) == TOKENS
+
+
+def _differ(got: Any, wanted: Any) -> str:
+    at = next((n for n, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
+    return f"of {len(got)} and {len(wanted)} the first {at} are equal; then {got[at : at + 12]!r}, not {wanted[at : at + 12]!r}"
 
 
 def signal_all(server: VllmServer, number: int) -> None:
