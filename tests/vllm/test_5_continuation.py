@@ -126,6 +126,7 @@ async def all_streams(url: str, *, chat: bool, under: dict[int, Under] | None = 
 async def disturbed(pair: Pair, *, chat: bool, how: Any) -> tuple[list[Answer], float, list[int]]:
     """The answers when ``how`` happens to instance e1 while streams of it are under way; the seconds they took, and how far
     those streams were."""
+    await both_ready(pair)
     began_s = time.monotonic()
     under: dict[int, Under] = {}
     answers = asyncio.create_task(all_streams(pair.url, chat=chat, under=under))
@@ -134,6 +135,16 @@ async def disturbed(pair: Pair, *, chat: bool, how: Any) -> tuple[list[Answer], 
         await asyncio.sleep(0.002)
     how()
     return await answers, time.monotonic() - began_s, at
+
+
+async def both_ready(pair: Pair) -> None:
+    """Until the gateway trusts both again, at most half a minute."""
+    async with aiohttp.ClientSession() as session:
+        for _ in range(300):
+            async with session.get(pair.url + "/ready") as answer:
+                if (await answer.json())["ready_endpoints"] == 2:
+                    return
+            await asyncio.sleep(0.1)
 
 
 async def continued(pair: Pair) -> float:
