@@ -311,6 +311,25 @@ async def test_what_waits_at_an_instance_that_hangs_moves(start: Start) -> None:
     await until(lambda: sum(engine.left for engine in engines) == 1)
 
 
+@pytest.mark.parametrize("shown", [False, True])
+async def test_half_a_character_that_was_not_shown_is_generated_again(start: Start, shown: bool) -> None:
+    """An engine keeps back the text of a token that is half a character; the next one would not say it."""
+
+    async def keeps_back(engine: FakeEngine, heard: Heard, writer: asyncio.StreamWriter) -> None:
+        for ids, text in (([1], "one "), ([2], ""), ([3], "two "), ([4], ""), ([5], "")):
+            writer.write((STREAM_HEAD if text == "one " else b"") + chunk(told(ids, text, prompt=[9, 9])))
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        writer.transport.abort()
+
+    engines = one_after_the_other(keeps_back, ends_it)
+    client = await start(*engines, continue_streams=1)
+    assert text_of(await complete(client, max_tokens=10, return_token_ids=shown)) == "one two three"
+    (rest,) = [heard.json for engine in engines for heard in engine.heard if isinstance(heard.json["prompt"], list)]
+    seen = [1, 2, 3, 4, 5] if shown else [1, 2, 3]
+    assert (rest["prompt"], rest["max_tokens"]) == ([9, 9, *seen], 10 - len(seen))
+
+
 async def test_an_engine_that_tells_no_ids_is_served_unchanged(start: Start) -> None:
     client = await start(FakeEngine(), continue_streams=1)
     plain = await complete(await start(FakeEngine()))

@@ -7,6 +7,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from block.gateway.exchange import Asked
 from gateway.conftest import Client, Start, until
 from gateway.fakes import (
     FakeEngine,
@@ -257,7 +258,7 @@ async def test_what_an_instance_that_hangs_has_not_answered_is_asked_of_another(
     asked = [asyncio.create_task(client.post(headers={"x-smg-target-worker": "e0"})) for _ in range(2)]
     await until(lambda: len(hung.heard) == 3)
     freed = next(x for x in client.gateway.dispatcher.active if not x.stream)
-    freed.only = None
+    freed.asked = Asked()
     (moved,), (pinned,) = await asyncio.wait(asked, timeout=5, return_when=asyncio.FIRST_COMPLETED)
     status, _, headers = moved.result()
     assert (status, headers["x-gateway-destination-endpoint"]) == (200, "e1")

@@ -13,6 +13,7 @@ from block.engine.sequence import Sequence
 from block.gateway.config import GatewayConfig, InstanceConfig
 from block.gateway.deciding.decider import Decider
 from block.gateway.deciding.evidence import Evidence
+from block.gateway.exchange import Asked
 from block.gateway.members.pool import Pool, State
 from block.gateway.records.metrics import Metrics
 from block.length.simple import OracleEstimator
@@ -109,7 +110,7 @@ def test_online_and_in_simulation_the_same_states_lead_to_the_same_decisions(
         now_s = clock.now_s
         request = Request(id=request_id, arrived_s=now_s, prompt_tokens=rng.randint(20, 900))
         estimate = estimator.estimate(request)
-        exchange = SimpleNamespace(request=request, generating=True, estimate=estimate, http=None, key=0, strategy=None)
+        exchange = SimpleNamespace(request=request, generating=True, estimate=estimate, http=None, key=0, asked=Asked())
         exchange.expected_total = max(1, round(estimate.expected_total(0)))
         ours, theirs = offline.decide(request, estimate, now_s), online.decide(exchange, now_s)
         assert ours.evidence == theirs.evidence == "prediction"

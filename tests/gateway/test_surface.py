@@ -223,6 +223,20 @@ async def test_embeddings_go_through_untouched_and_need_no_prediction(start: Sta
     assert engines.engine.heard[0].path == "/v1/embeddings"
 
 
+async def test_a_client_may_say_how_long_its_answer_will_be(start: Start, make: Make) -> None:
+    client = await make().gateway(start)
+
+    async def e2e_s(**body: Any) -> float:
+        told = json.loads((await client.post("/v1/decisions", body))[1])
+        return float(told["candidates"][0]["prediction"]["e2e_s"])
+
+    short, long = await e2e_s(nvext={"agent_hints": {"osl": 10}}), await e2e_s(nvext={"agent_hints": {"osl": 1000}})
+    assert short < long / 10
+    assert await e2e_s(nvext={"agent_hints": {"osl": 1000}}, max_tokens=10) == pytest.approx(short, rel=0.2)
+    assert (await client.post(body={"nvext": {"agent_hints": {"osl": 3}}, "stream": True}))[0] == 200
+    assert (await client.post(body={"nvext": None}))[0] == 200
+
+
 async def test_where_a_request_would_go_is_told_without_sending_it(start: Start, make: Make) -> None:
     engines = make()
     client = await engines.gateway(start, api_keys=["k"])

@@ -1,4 +1,5 @@
-"""Streams that go on: of two real vLLM instances behind the gateway one stops or dies in mid-stream, and no client sees it.
+"""Streams that go on, and vLLM's other routes: of two real instances behind the gateway one stops or dies in mid-stream,
+and no client sees it.
 
 In float32, because in bfloat16 the two best tokens are often equal to the last bit, and which one wins may then depend on
 whether a token was computed alone or with its prompt.
@@ -49,7 +50,14 @@ def pair(python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         for core in (0, 1):
             name = f"test-{os.getpid()}-goes-on-{core}"
             server = VllmServer(
-                python, model, folder / f"{core}.log", name=name, core=core, plugin=False, arguments=LIMITS
+                python,
+                model,
+                folder / f"{core}.log",
+                name=name,
+                core=core,
+                plugin=False,
+                arguments=LIMITS,
+                environment={"VLLM_ENABLE_RESPONSES_API_STORE": "1"},
             )
             programs.append(server)
             servers.append(server)
@@ -68,8 +76,15 @@ def pair(python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
             program.stop()
 
 
-async def stream(session: aiohttp.ClientSession, url: str, n: int, *, chat: bool, begun: list[int]) -> Answer:
-    """One greedy answer; ``begun[n]`` counts its events."""
+class Under(NamedTuple):
+    """A stream under way: by which instance, and how many events came."""
+
+    instance: str
+    events: int
+
+
+async def stream(session: aiohttp.ClientSession, url: str, n: int, *, chat: bool, under: dict[int, Under]) -> Answer:
+    """One greedy answer; ``under[n]`` says how far it is, while it is under way."""
     body: dict[str, Any] = {
         "model": "tiny", "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "stream": True,
         "stream_options": {"include_usage": True}, "return_token_ids": n == 0,
@@ -80,6 +95,7 @@ async def stream(session: aiohttp.ClientSession, url: str, n: int, *, chat: bool
     usage, error, done = None, None, False
     async with session.post(url + path, json=body) as answer:
         assert answer.status == 200, await answer.text()
+        instance = answer.headers.get("x-gateway-destination-endpoint", "")
         async for line in answer.content:
             if not line.startswith(b"data: "):
                 continue
@@ -96,27 +112,39 @@ async def stream(session: aiohttp.ClientSession, url: str, n: int, *, chat: bool
                 text += (choice["delta"].get("content") or "") if chat else choice["text"]
                 tokens += choice.get("token_ids") or []
                 finish += [choice["finish_reason"]] if choice["finish_reason"] else []
-            begun[n] += 1
+            under[n] = Under(instance, under[n].events + 1 if n in under else 1)
+    under.pop(n, None)
     return Answer(text, ids, finish, usage, tokens, error, done)
 
 
-async def all_streams(url: str, *, chat: bool, begun: list[int] | None = None) -> list[Answer]:
-    begun = [0] * STREAMS if begun is None else begun
+async def all_streams(url: str, *, chat: bool, under: dict[int, Under] | None = None) -> list[Answer]:
+    under = {} if under is None else under
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=240)) as session:
-        return await asyncio.gather(*(stream(session, url, n, chat=chat, begun=begun) for n in range(STREAMS)))
+        return await asyncio.gather(*(stream(session, url, n, chat=chat, under=under) for n in range(STREAMS)))
 
 
 async def disturbed(pair: Pair, *, chat: bool, how: Any) -> tuple[list[Answer], float, list[int]]:
-    """The answers when ``how`` happens while all of them are under way; the seconds they took, and how far they were."""
+    """The answers when ``how`` happens to instance e1 while streams of it are under way; the seconds they took, and how far
+    those streams were."""
+    await both_ready(pair)
     began_s = time.monotonic()
-    begun = [0] * STREAMS
-    answers = asyncio.create_task(all_streams(pair.url, chat=chat, begun=begun))
-    while min(begun) < 50:
+    under: dict[int, Under] = {}
+    answers = asyncio.create_task(all_streams(pair.url, chat=chat, under=under))
+    while not (at := [each.events for each in under.values() if each.instance == "e1"]) or max(at) < 50:
         assert not answers.done(), await answers
-        await asyncio.sleep(0.005)
-    at = list(begun)
+        await asyncio.sleep(0.002)
     how()
     return await answers, time.monotonic() - began_s, at
+
+
+async def both_ready(pair: Pair) -> None:
+    """Until the gateway trusts both again, at most half a minute."""
+    async with aiohttp.ClientSession() as session:
+        for _ in range(300):
+            async with session.get(pair.url + "/ready") as answer:
+                if (await answer.json())["ready_endpoints"] == 2:
+                    return
+            await asyncio.sleep(0.1)
 
 
 async def continued(pair: Pair) -> float:
@@ -128,16 +156,49 @@ async def continued(pair: Pair) -> float:
 def check_same(answers: list[Answer], undisturbed: list[Answer]) -> None:
     for n, (got, wanted) in enumerate(zip(answers, undisturbed, strict=True)):
         assert got.error is None, (n, got.error)
-        assert got.text == wanted.text, n
-        assert got.tokens == wanted.tokens, n
+        assert got.tokens == wanted.tokens, (n, _differ(got.tokens, wanted.tokens))
+        assert got.text == wanted.text, (n, _differ(got.text, wanted.text))
         assert (got.finish, got.done, got.usage) == (["length"], True, wanted.usage), n
         assert len(got.ids) == 1, n
     assert len(answers[0].tokens) == TOKENS
 
 
+def _differ(got: Any, wanted: Any) -> str:
+    at = next((n for n, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
+    return f"of {len(got)} and {len(wanted)} the first {at} are equal; then {got[at : at + 12]!r}, not {wanted[at : at + 12]!r}"
+
+
 def signal_all(server: VllmServer, number: int) -> None:
     for pid in server.members():
         os.kill(pid, number)
+
+
+async def test_the_other_routes_of_vllm_go_through(pair: Pair) -> None:
+    """Responses are kept by the instance that made them; reading one finds it there."""
+    message = {"model": "tiny", "max_tokens": 8, "messages": [{"role": "user", "content": "a request enters"}]}
+    async with aiohttp.ClientSession(pair.url, timeout=aiohttp.ClientTimeout(total=60)) as session:
+
+        async def ask(method: str, path: str, body: Any = None) -> tuple[int, Any]:
+            async with session.request(method, path, json=body) as answer:
+                return answer.status, await answer.json(content_type=None)
+
+        asked = {"model": "tiny", "input": "a request enters", "max_output_tokens": 8, "temperature": 0}
+        for _ in range(3):
+            status, made = await ask("POST", "/v1/responses", asked)
+            assert (status, made["object"]) == (200, "response"), made
+            for _ in range(3):
+                status, found = await ask("GET", f"/v1/responses/{made['id']}")
+                assert (status, found["id"]) == (200, made["id"]), found
+        async with session.post("/v1/responses", json=asked | {"stream": True}) as answer:
+            assert b"response.completed" in await answer.read()
+        status, told = await ask("POST", "/v1/messages", message)
+        assert (status, told["type"]) == (200, "message"), told
+        status, told = await ask("POST", "/tokenize", {"model": "tiny", "prompt": "a request enters"})
+        assert (status, told["count"]) == (200, len(told["tokens"]))
+        assert (await ask("GET", "/version"))[0] == 200
+        status, told = await ask("POST", "/v1/embeddings", {"model": "tiny", "input": "x"})
+        assert 400 <= status < 500, told  # this model makes none, and says so itself
+        assert (await ask("POST", "/pause"))[0] == 404  # what changes an engine is not passed on
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])

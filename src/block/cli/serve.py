@@ -308,9 +308,11 @@ def _started(config: Any, as_json: bool, port: int, ready: int) -> None:
 
 def _run(config: Any, reload: Any, started: Any, workers: Any = None, parent: int | None = None) -> None:
     import asyncio
+    import signal
 
     from block.gateway.serve import run
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # a reload waits until there is something to reload
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(run(config, reload, started, workers, parent))
 

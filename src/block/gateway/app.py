@@ -18,7 +18,7 @@ from block.errors import ClientError
 from block.gateway.admin import Admin
 from block.gateway.config import GatewayConfig
 from block.gateway.dispatch import Dispatcher
-from block.gateway.exchange import Exchange
+from block.gateway.exchange import Asked, Exchange
 from block.gateway.keys import Keys
 from block.gateway.members.membership import Membership
 from block.gateway.members.pool import Pool
@@ -262,7 +262,7 @@ class App:
             dispatcher, client, http, request,
             stream=bool(body.stream), generating=generating, prompt_bytes=prompt_bytes, arrived_s=arrived_s,
         )  # fmt: skip
-        exchange.only, exchange.strategy = only, strategy
+        exchange.asked = Asked(only, strategy, body.length_hint)
         return exchange
 
     def _asked_for(self, http: HttpRequest) -> tuple[frozenset[InstanceId] | None, Policy | None]:

@@ -21,7 +21,6 @@ evidence, the policy falls back, and the fallback is counted.
 
 import asyncio
 import logging
-from bisect import insort
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from time import monotonic
@@ -35,6 +34,7 @@ from block.gateway.deciding.decider import Decider
 from block.gateway.deciding.holding import Holding
 from block.gateway.deciding.learning import Learning
 from block.gateway.deciding.lessons import Lessons
+from block.gateway.deciding.queue import Queue, RetryBudget
 from block.gateway.exchange import Exchange
 from block.gateway.members.pool import Instance, Pool
 from block.gateway.records.decisions import Decisions
@@ -62,8 +62,7 @@ class Dispatcher:
         self.decision_headers = config.decision_headers
         self.draining = False
         self.active: set[Exchange] = set()
-        self.queue: list[Exchange] = []
-        """Those that wait to be admitted, in the order in which they will be."""
+        self.queue = Queue()
         self.budget = RetryBudget(config.retry_budget_fraction)
         self._loop = loop
         self._tasks: set[asyncio.Task[None]] = set()
@@ -91,9 +90,9 @@ class Dispatcher:
         """The more important first, then the earlier; a full queue loses its least important."""
         self.active.discard(exchange)
         exchange.queued_s = exchange.queued_s or monotonic()
-        insort(self.queue, exchange, key=_rank)
+        self.queue.add(exchange)
         if len(self.queue) > self.config.queue_size:
-            last = self.queue.pop()
+            last = self.queue.drop_last()
             reason = "queue_full" if last is exchange else "evicted"
             self._shed(last, reason, "The gateway is at its limit and its queue is full; try again later.")
 
@@ -118,34 +117,25 @@ class Dispatcher:
         return True
 
     def _pull(self) -> None:
-        """A slot is free: the next in the queue that has somewhere to go goes; who waits for others does not block it."""
-        queue, self.queue = self.queue, []
-        full: set[str] = set()
-        for at, exchange in enumerate(queue):
-            if len(self.active) >= self.config.max_concurrent_requests:
-                self.queue += queue[at:]
-                break
-            model = exchange.request.model
-            if exchange.over or (model in full and exchange.only is None):
-                if not exchange.over:
-                    self.queue.append(exchange)
-                continue
-            if not self.eligible(exchange) and self._full(exchange):
-                self.queue.append(exchange)
-                if exchange.only is None:
-                    full.add(model)
-                continue
-            self.metrics.queue_time.observe(monotonic() - exchange.queued_s)
-            self.active.add(exchange)
-            self._dispatch(exchange)
+        """A slot is free: the next in the queue that has somewhere to go goes."""
+        self.queue.admit(
+            lambda: len(self.active) < self.config.max_concurrent_requests,
+            lambda exchange: not self.eligible(exchange) and self._full(exchange),
+            self._admit,
+        )
+
+    def _admit(self, exchange: Exchange) -> None:
+        self.metrics.queue_time.observe(monotonic() - exchange.queued_s)
+        self.active.add(exchange)
+        self._dispatch(exchange)
 
     # Decision and sending
 
     def eligible(self, exchange: Exchange) -> Sequence[InstanceId]:
         """Instances that may get it, those that failed it, and those that its client did not ask for, left out."""
         ids = self.pool.eligible(exchange.request.model)
-        if exchange.only is not None:
-            ids = tuple(i for i in ids if i in exchange.only)
+        if exchange.asked.only is not None:
+            ids = tuple(i for i in ids if i in exchange.asked.only)
         return [i for i in ids if i not in exchange.tried] if exchange.tried else ids
 
     def _dispatch(self, exchange: Exchange) -> None:
@@ -206,14 +196,14 @@ class Dispatcher:
             exchange.refuse(error, b"retry-after: 1\r\n")
 
     def _why_nobody(self, exchange: Exchange) -> str:
-        if exchange.only is None:
+        if exchange.asked.only is None:
             return self.pool.why_none()
-        states = [f"{i}: {self.pool.instances[i].reason}" for i in exchange.only if i in self.pool.instances]
+        states = [f"{i}: {self.pool.instances[i].reason}" for i in exchange.asked.only if i in self.pool.instances]
         return "; ".join(states[:8]) or "none of those that the request asks for is here"
 
     def _full(self, exchange: Exchange) -> bool:
         """Instances for it are ready, all at their limit."""
-        return self.pool.full(exchange.request.model, exchange.only)
+        return self.pool.full(exchange.request.model, exchange.asked.only)
 
     def send(self, exchange: Exchange, decision: Decision) -> None:
         """Send it where the decision says."""
@@ -354,11 +344,8 @@ class Dispatcher:
         """What waits at an instance that has been silent for too long is asked of another one: requests that have no byte
         of their answer yet, and streams that can go on."""
         after_s = self.config.continue_silent_s
-        silent = [
-            i
-            for i in self.pool.instances.values()
-            if after_s and i.suspect and i.in_flight and now_s - i.last_byte_s > after_s
-        ]
+        instances = self.pool.instances.values()
+        silent = [i for i in instances if after_s and i.suspect and i.in_flight and i.silent_s > after_s]
         if not silent:
             return
         for exchange in [x for x in self.active if x.instance in silent and now_s - x.sent_s > after_s]:
@@ -437,14 +424,8 @@ class Dispatcher:
                 exchange.keep_client(now_s)
         self.decider.drift.look(now_s, self.decider.evidence)
         self.move_from_the_silent(now_s)
-        late = {x for x in self.queue if x.over or now_s - x.queued_s > self.config.queue_timeout_s}
-        if late:
-            self.queue = [x for x in self.queue if x not in late]
-        for exchange in late:
-            if not exchange.over:
-                self._shed(
-                    exchange, "queue_timeout", "The request waited in the gateway's queue for as long as it may."
-                )
+        for exchange in self.queue.drop_late(now_s - self.config.queue_timeout_s):
+            self._shed(exchange, "queue_timeout", "The request waited in the gateway's queue for as long as it may.")
         if self.queue:
             self._pull()
 
@@ -463,34 +444,6 @@ class Dispatcher:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-class RetryBudget:
-    """A bucket of retries: filled by a share of the requests, emptied by retries. Starts with ``START``."""
-
-    START: Final = 100.0
-    MOST: Final = 1000.0
-
-    def __init__(self, fraction: float) -> None:
-        self._fraction = fraction
-        self.left = self.START
-
-    def deposit(self) -> None:
-        self.left = min(self.left + self._fraction, self.MOST)
-
-    def credit(self, retries: int) -> None:
-        """So many may be needed now, whatever the share of the requests."""
-        self.left = min(self.left + retries, max(self.left, self.MOST))
-
-    def withdraw(self) -> bool:
-        if self.left < 1:
-            return False
-        self.left -= 1
-        return True
-
-
-def _rank(exchange: Exchange) -> tuple[int, float]:
-    return exchange.request.priority, exchange.queued_s
 
 
 def _place(decision: Decision) -> int:

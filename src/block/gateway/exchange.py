@@ -10,7 +10,7 @@ Nothing of an answer is kept except its last bytes (for the usage). The dispatch
 import asyncio
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from block.core import Decision, InstanceId, Prediction, Request
 from block.errors import ClientError, InstanceUnreachableError, StreamBrokenError
@@ -33,6 +33,18 @@ KEEP_ALIVE: Final = chunk(b": keep-alive\n\n")
 RETRYABLE: Final = frozenset({429, 500, 502, 503, 504})
 
 
+class Asked(NamedTuple):
+    """What the client itself said of where its request shall go: among which instances, by which policy, and how many tokens
+    its answer may have. ``None``: nothing."""
+
+    only: frozenset[InstanceId] | None = None
+    strategy: Policy | None = None
+    tokens: int | None = None
+
+
+NOTHING: Final = Asked()
+
+
 class Exchange:
     """Written by the dispatcher (where it goes) and by the two connections' callbacks (what came)."""
 
@@ -40,6 +52,7 @@ class Exchange:
         "answered_s",
         "arrival",
         "arrived_s",
+        "asked",
         "asked_usage",
         "attempts",
         "before_last",
@@ -64,7 +77,6 @@ class Exchange:
         "keep_alive",
         "key",
         "last",
-        "only",
         "output_tokens",
         "over",
         "overhead_s",
@@ -79,7 +91,6 @@ class Exchange:
         "span",
         "sse",
         "status",
-        "strategy",
         "stream",
         "streaming",
         "strip",
@@ -105,10 +116,7 @@ class Exchange:
         self.interval: Interval | None = None
         """Around the prediction; both count from ``decided_s``."""
         self.decided_s = arrived_s
-        self.only: frozenset[InstanceId] | None = None
-        """The instances that the client asked for; ``None``: any."""
-        self.strategy: Policy | None = None
-        """The policy that the client asked for; ``None``: the one in force."""
+        self.asked = NOTHING
         self.tried: set[str] = set()
         self.attempts = 0
         self.resent = False

@@ -28,6 +28,7 @@ from block.gateway.exchange import Exchange
 from block.gateway.members.pool import Instance, Pool
 from block.gateway.peers import policy_called
 from block.gateway.records.metrics import Metrics
+from block.length.distribution import EXACT, Estimate
 from block.policy.choose import decide
 from block.policy.rank import Evidence as Needs
 from block.policy.table import Policy, make_policy
@@ -73,7 +74,7 @@ class Decider:
         """What generates nothing (embeddings, tokenize) needs no prediction."""
         if not exchange.generating:
             return self._fewest
-        return exchange.strategy or self._policy
+        return exchange.asked.strategy or self._policy
 
     def strategy(self, name: str) -> Policy:
         """The policy that a request asks for by its name alone.
@@ -169,7 +170,12 @@ class Decider:
             return
         if isinstance(self.estimator, HeaderLengths):
             self.estimator.listen(exchange.request, exchange.http)
-        exchange.estimate = estimate = self.estimator.estimate(exchange.request)
+        if exchange.asked.tokens is None:
+            estimate = self.estimator.estimate(exchange.request)
+        else:
+            hinted = Estimate(self.estimator.bank, EXACT, exchange.asked.tokens, "hint")
+            estimate = hinted.capped(exchange.request.max_tokens)
+        exchange.estimate = estimate
         exchange.expected_total = max(1, round(estimate.expected_total(0)))
 
     def _load(self, instance_id: InstanceId, now_s: float) -> Load:

@@ -147,8 +147,6 @@ class HangWatch:
         self._looked_s: float | None = None
         self._deaf_until_s = 0.0
         """What came while this process did not run may not have been read before then."""
-        self._silences: dict[InstanceId, tuple[float, float]] = {}
-        """When an instance was last heard, and for how long it has been listened to since."""
 
     def look(self, now_s: float, wall_s: float) -> None:
         """One look."""
@@ -158,18 +156,14 @@ class HangWatch:
         self._looked_s = now_s
         if gap_s > LATE_S:
             self._deaf_until_s = now_s + LATE_S
-        known, self._silences = self._silences, {}
         for instance in self._pool.instances.values():
-            heard_s, silent_s = known.get(instance.id, (0.0, 0.0))
-            silent_s = min(gap_s, LATE_S) + (silent_s if heard_s == instance.last_byte_s else 0.0)
-            silent_s = min(silent_s, now_s - instance.last_byte_s)
-            self._silences[instance.id] = instance.last_byte_s, silent_s
+            instance.listened(min(gap_s, LATE_S), now_s)
             if instance.state is State.READY:
-                self._judge(instance, silent_s, now_s, wall_s)
+                self._judge(instance, now_s, wall_s)
 
-    def _judge(self, instance: Instance, silent_s: float, now_s: float, wall_s: float) -> None:
-        moved = silent_s < self._hang_after_s
-        stuck = self._stuck(instance, silent_s, now_s, wall_s)
+    def _judge(self, instance: Instance, now_s: float, wall_s: float) -> None:
+        moved = instance.silent_s < self._hang_after_s
+        stuck = self._stuck(instance, now_s, wall_s)
         if stuck is not None:
             self._pool.set_suspect(instance, stuck)
         elif instance.suspect is not None and instance.in_flight and moved:
@@ -183,9 +177,9 @@ class HangWatch:
         ):
             self._probe(instance)
 
-    def _stuck(self, instance: Instance, silent_s: float, now_s: float, wall_s: float) -> str | None:
-        if instance.streaming and silent_s > self._hang_after_s:
-            return f"its streams have been silent for {silent_s:.1f} s"
+    def _stuck(self, instance: Instance, now_s: float, wall_s: float) -> str | None:
+        if instance.streaming and instance.silent_s > self._hang_after_s:
+            return f"its streams have been silent for {instance.silent_s:.1f} s"
         evidence = self._evidence.get(instance.id)
         stood_s = evidence.silence_s(wall_s) if evidence is not None and now_s >= self._deaf_until_s else None
         if stood_s is not None and stood_s > max(self._hang_after_s, 1.0):

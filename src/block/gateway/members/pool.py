@@ -90,12 +90,21 @@ class Instance:
         """Requests that it may have in flight while on trial."""
         self.last_byte_s = 0.0
         """Loop time of the last byte of any answer, or of a request sent to it when it had none."""
+        self.silent_s = 0.0
+        """For how long it has been listened to since then."""
+        self._heard_s = 0.0
         name = self.id.encode()
         self.header_lines = b"x-gateway-destination-endpoint: %b\r\nx-gateway-destination-endpoint-served: %b\r\n" % (
             name,
             name,
         )
         self.sent = LastMinute()
+
+    def listened(self, for_s: float, now_s: float) -> None:
+        """It was listened to for so long until now."""
+        before_s = self.silent_s if self._heard_s == self.last_byte_s else 0.0
+        self._heard_s = self.last_byte_s
+        self.silent_s = min(before_s + for_s, now_s - self.last_byte_s)
 
     def limit(self) -> int:
         return self.in_flight_max if self.trial is None else min(self.trial, self.in_flight_max)

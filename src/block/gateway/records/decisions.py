@@ -17,7 +17,7 @@ class _Record:
 
     def __init__(self, exchange: "Exchange", decision: Decision, left_out: Mapping[InstanceId, str]) -> None:
         self.decision, self.request, self.interval = decision, exchange.request, exchange.interval
-        self.asked, self.left_out = exchange.only, left_out
+        self.asked, self.left_out = exchange.asked.only, left_out
         self.outcome: dict[str, Any] | None = None
 
 

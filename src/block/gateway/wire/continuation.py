@@ -6,9 +6,10 @@ is asked of another one: a completion whose prompt is the prompt's and the answe
 events are rewritten: the ids, the time and the model of the first answer, a chat's shape for a chat, the usage of the whole.
 
 That is exact where the next token depends on the tokens before it and on nothing else: greedy answers come out as they
-would have, sampled ones from the same distribution; an engine draws anew for the rest of a seeded one. What an engine remembers
-besides tokens is lost with it: half a stop string, the state of a grammar, counts for penalties on the output. So there is a list
-of what a request may ask for (``ASKED``), and whatever is not on it is not continued.
+would have, sampled ones from the same distribution; an engine draws anew for the rest of a seeded one. A token that is half a
+character shows as nothing until the other half is there: the last ones that showed as nothing are generated again. What an
+engine remembers besides tokens is lost with it: half a stop string, the state of a grammar, counts for penalties on the output.
+So there is a list of what a request may ask for (``ASKED``), and whatever is not on it is not continued.
 """
 
 import re
@@ -68,6 +69,9 @@ _NOT_CONTINUED: Final = (
 _IDS: Final = re.compile(rb'"token_ids"\s*:\s*(\[[\d,\s]*\])')
 _PROMPT_IDS: Final = re.compile(rb'"prompt_token_ids"\s*:\s*(\[[\d,\s]*\])')
 _FINISH: Final = re.compile(rb'"finish_reason"\s*:\s*"(\w*)"')
+_EMPTY: Final = re.compile(rb'"(?:text|content)"\s*:\s*""')
+_NO_TEXT: Final = b'"text":""'
+_NO_CONTENT: Final = b'"content":""'
 _IDS_PLAIN: Final = b'"token_ids":['
 _GOES_ON: Final = b'"finish_reason":null'
 _ENGINE_GAVE_UP: Final = (b"abort", b"error")
@@ -86,8 +90,8 @@ class Tape:
     """
 
     __slots__ = (
-        "_chat", "_done", "_fields", "_first", "_held", "_ids", "_parser", "_prompt", "_shown", "_text", "_usage_told", "_usual",
-        "_whole", "attempts", "before", "broke_s", "broken", "chunked", "finished", "problem", "prompt_tokens", "request",
+        "_chat", "_done", "_fields", "_first", "_held", "_ids", "_parser", "_prompt", "_shown", "_text", "_unseen", "_usage_told",
+        "_usual", "_whole", "attempts", "before", "broke_s", "broken", "chunked", "finished", "problem", "prompt_tokens", "request",
     )  # fmt: skip
 
     def __init__(self, request: Request, fields: dict[str, msgspec.Raw], *, chat: bool) -> None:
@@ -105,6 +109,8 @@ class Tape:
         self._shown = bytes(fields.get("return_token_ids", b"")) == b"true"
         self._prompt = array("I")
         self._ids = array("I")
+        self._unseen = 0
+        """Of those at the end, how many the client has seen nothing of: engines keep back half a character."""
         self._first: bytes | None = None
         self._usage_told = self._done = self.finished = False
         self.begin()
@@ -154,7 +160,7 @@ class Tape:
     @property
     def complete(self) -> bool:
         """All its tokens came, whatever else may be missing."""
-        return self.finished or self._left == 0
+        return self.finished or (self._left == 0 and not self._unseen)
 
     @property
     def left(self) -> int | None:
@@ -178,6 +184,9 @@ class Tape:
         """Its instance is gone: the request for the rest."""
         self.attempts += 1
         self.broke_s = now_s
+        if self._unseen:  # what they say of their half of a character would get lost: let them be generated again
+            del self._ids[-self._unseen :]
+            self._unseen = 0
         self.before = self.count
         self.begin()
         prompt = len(self._prompt) + self.count if self._prompt else self.request.prompt_tokens
@@ -217,6 +226,8 @@ class Tape:
         if not ids.isdigit():
             return None
         self._ids.append(int(ids))
+        if not self._shown:
+            self._unseen = self._unseen + 1 if (_NO_CONTENT if self._chat else _NO_TEXT) in data else 0
         self._usual = len(self._prompt) + len(self._ids) < TOKENS_MAX
         return data if self._shown else chunk(data[data.find(b"\n") + 1 : first - 1] + b"null" + data[end + 1 : -2])
 
@@ -250,7 +261,10 @@ class Tape:
         found = _IDS.search(event)
         if found is not None:
             if found[1] != b"[]":
-                self._ids.extend(map(int, found[1][1:-1].split(b",")))
+                ids = [int(one) for one in found[1][1:-1].split(b",")]
+                self._ids.extend(ids)
+                if not self._shown:
+                    self._unseen = self._unseen + len(ids) if _EMPTY.search(event) and not self.finished else 0
             event = event if self._shown else _without(event, found)
         elif self.problem is None and b'"role"' not in event and b'"choices":[]' not in event:
             self.problem = "its instance does not tell token ids"

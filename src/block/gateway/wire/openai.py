@@ -24,6 +24,7 @@ GENERATING: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/r
 _NOTHING: Final = msgspec.Raw(b"")
 _COMPLETION_TOKENS: Final = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d{1,9})')
 _PROMPT_TOKENS: Final = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,9})')
+_OSL: Final = re.compile(rb'"osl"\s*:\s*(\d{1,7})\b')
 _IMAGE: Final = re.compile(rb'"data:[a-z]+/[^"]*"')
 
 
@@ -42,6 +43,7 @@ class Body(msgspec.Struct):
     priority: int | None = None
     user: msgspec.Raw = _NOTHING
     previous_response_id: str | None = None
+    nvext: msgspec.Raw = _NOTHING
 
     @property
     def output_limit(self) -> int | None:
@@ -57,6 +59,12 @@ class Body(msgspec.Struct):
             if raw is not _NOTHING and bytes(raw) != b"null":
                 return raw
         return _NOTHING
+
+    @property
+    def length_hint(self) -> int | None:
+        """How long the client expects the answer to be, tokens, as Dynamo's ``nvext.agent_hints.osl`` says it."""
+        found = None if self.nvext is _NOTHING else _OSL.search(bytes(self.nvext))
+        return None if found is None else max(1, int(found[1]))
 
     @property
     def sender(self) -> bytes:
