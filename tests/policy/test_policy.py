@@ -197,6 +197,7 @@ def test_an_unknown_policy_is_answered_with_the_known_ones() -> None:
         ("block-harm:weight=-1", "must not be negative"),
         ("block:ttft_weight=-1", "must not be negative"),
         ("block:belief=1.5", "between 0 and 1"),
+        ("block:near=1", "near from 0 to below 1"),
     ],
 )
 def test_a_wrong_policy_option_is_one_clear_sentence(text: str, said: str) -> None:
