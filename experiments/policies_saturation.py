@@ -1,4 +1,4 @@
-"""How many requests/s does a saturated cluster complete? No policy's capacity can be above what it completes when offered more.
+"""How many requests/s does a saturated cluster complete? A capacity at a TTFT of seconds cannot lie much above that.
 
     python experiments/policies_saturation.py [--seeds 3-7] [--over 1.2]
 
