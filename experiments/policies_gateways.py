@@ -3,12 +3,11 @@
     python experiments/policies_gateways.py [--rate 28] [--seeds 3,4,5] [--gateways 1,2,4,8] [--intervals-ms 10,50,100,500]
 
 The published setting at a rate near its capacity: gateways that share nothing, each with snapshots of some age. Policies: block,
-block that draws among costs that are within 2 %, block without what
-each gateway knows of its own dispatches (blind), among k = 4 at random, the published rule, the best
-counter. Herding: the mean over seconds of the largest share of a second's requests that one instance got, times the number
-of instances (1: even). Writes results/policies-gateways.csv, replacing the rows of what it measures and keeping the others, and
-prints means over the seeds. With --capacity instead: requests/s of block at TTFT P99 <= 3 s, 10,000 requests a run, into
-results/policies-gateways-capacity.csv.
+block that draws among costs that are within 2 %, block without what each gateway knows of its own dispatches (blind), among
+k = 4 at random, the published rule, the best counter. Herding: the mean over seconds of the largest share of a second's
+requests that one instance got, times the number of instances (1: even). Writes results/policies-gateways.csv, replacing the
+rows of what it measures and keeping the others, and prints means over the seeds. With --capacity instead: requests/s of block
+at TTFT P99 <= 3 s, 10,000 requests a run, into results/policies-gateways-capacity.csv.
 """
 
 import argparse
@@ -110,6 +109,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="3,4,5")
     parser.add_argument("--gateways", default="1,2,4,8")
     parser.add_argument("--intervals-ms", default="10,50,100,500")
+    parser.add_argument("--policies", nargs="*", choices=list(CURES), help="only these [all]")
     parser.add_argument("--capacity", action="store_true")
     parser.add_argument("--table", action="store_true", help="print what has been measured as the document's table")
     arguments = parser.parse_args()
@@ -129,7 +129,8 @@ def main() -> None:
             rows = {tuple(row[key] for key in keys): row for row in csv.DictReader(file)}
     for gateways in map(int, arguments.gateways.split(",")):
         for interval_ms in map(float, arguments.intervals_ms.split(",")):
-            for name, (policy, accounting) in CURES.items():
+            for name in arguments.policies or CURES:
+                policy, accounting = CURES[name]
                 config = varied(base, policy=policy, rate_rps=arguments.rate)
                 found = []
                 for seed in map(int, arguments.seeds.split(",")):
