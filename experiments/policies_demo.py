@@ -1,6 +1,6 @@
 """The demo's cluster in the simulator: unequal instances, answers of 0.7 s, lengths known only as history tells them.
 
-    python experiments/policies_demo.py [--rates 50,66,80] [--seeds 0-2]
+    python experiments/policies_demo.py [--rates 66,80] [--seeds 0-2]
 
 The workload of `block demo` (14 seconds of Poisson arrivals a run), snapshots of 20 ms, the history estimator; means over the
 seeds. Writes results/policies-demo.csv.
@@ -24,7 +24,7 @@ SECONDS = 14.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", default="50,66,80")
+    parser.add_argument("--rates", default="66,80")
     parser.add_argument("--seeds", default="0-2")
     arguments = parser.parse_args()
     first, _, last = arguments.seeds.partition("-")
