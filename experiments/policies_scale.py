@@ -20,22 +20,27 @@ from block.simulate.config import LengthModel
 HERE = Path(__file__).parent
 POLICIES = ["llumnix-minus", "block-k:k=2", "block-k:k=8", "block-paper", "block"]
 
+HEAD = ["instances", "policy", "requests", "cpu_us_per_request", "ttft_p50_s", "ttft_p99_s", "e2e_mean_s"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--per-instance", type=float, default=2.4)
     parser.add_argument("--requests-per-instance", type=int, default=50)
+    parser.add_argument("--policies", nargs="*", default=POLICIES)
+    parser.add_argument("--append", action="store_true", help="add to the rows that are there")
     parser.add_argument("--requests-max", type=int, default=20_000)
     parser.add_argument("--sizes", default="12,100,1000")
     arguments = parser.parse_args()
     base = load_config(HERE / "paper-default.toml")
-    with (HERE / "results" / "policies-scale.csv").open("w", newline="", buffering=1) as out:
+    with (HERE / "results" / "policies-scale.csv").open(
+        "a" if arguments.append else "w", newline="", buffering=1
+    ) as out:
         file = csv.writer(out)
-        file.writerow(
-            ["instances", "policy", "requests", "cpu_us_per_request", "ttft_p50_s", "ttft_p99_s", "e2e_mean_s"]
-        )
+        if not arguments.append:
+            file.writerow(HEAD)
         for size in map(int, arguments.sizes.split(",")):
-            for policy in POLICIES:
+            for policy in arguments.policies:
                 requests = min(size * arguments.requests_per_instance, arguments.requests_max)
                 workload = msgspec.structs.replace(
                     base.workload, requests=requests, rate_rps=size * arguments.per_instance
