@@ -98,13 +98,39 @@ def kept(path: Path, policies: list[str] | None) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["policy"] not in policies]
 
 
+def table() -> str:
+    """The results of all settings as the document's table, best first."""
+    lines = [
+        "| setting | policy | requests/s | interval | of the best reference | block against it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in START:
+        with (HERE / "results" / f"policies-{name}.csv").open(newline="", encoding="utf-8") as file:
+            rows = sorted(csv.DictReader(file), key=lambda row: -float(row["capacity_rps"]))
+        found = {row["policy"]: float(row["capacity_rps"]) for row in rows}
+        best = max((rps for policy, rps in found.items() if policy in (POOLED, PACKED)), default=None)
+        for row in rows:
+            rps = found[row["policy"]]
+            against = "" if row["policy"] == "block" else f"{found['block'] / rps - 1:+.1%}"
+            share = "" if best is None else f"{rps / best:.1%}"
+            interval = f"{float(row['ci_low']):.2f} - {float(row['ci_high']):.2f}"
+            lines.append(f"| {name} | {row['policy']} | {rps:.2f} | {interval} | {share} | {against} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="+", choices=list(START))
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help=", ".join(START))
+    parser.add_argument("--table", action="store_true", help="print what has been measured as the document's table")
     parser.add_argument("--seeds", default="3-7")
     parser.add_argument("--policies", help="measure these again and keep the other rows of the table")
     parser.add_argument("--jobs", type=int)
     arguments = parser.parse_args()
+    if unknown := set(arguments.settings) - set(START):
+        parser.error(f"there is no setting {', '.join(unknown)}: there are {', '.join(START)}")
+    if arguments.table:
+        print(table())
+        return
     first, _, last = arguments.seeds.partition("-")
     seeds = list(range(int(first), int(last or first) + 1))
     again = arguments.policies.split(",") if arguments.policies else None

@@ -1,10 +1,11 @@
-"""How many requests/s does a saturated cluster complete? No policy's capacity can be above what it completes when offered more.
+"""How many requests/s does a saturated cluster complete? A capacity at a TTFT of seconds cannot lie much above that.
 
     python experiments/policies_saturation.py [--seeds 3-7] [--over 1.2]
 
 Settings and lengths as in policies_capacity.py. Offered is ``over`` times the best capacity known; counted are the answers that
 end between a minute after the start and the last arrival, by when as many are in flight as fit. Also the same hardware as
-one engine, first come and smallest first (`block.simulate.bound`). Writes results/policies-saturation.csv.
+one engine, first come and smallest first (`block.simulate.bound`). Writes results/policies-saturation.csv, keeping the
+rows of settings that it does not measure.
 """
 
 import argparse
@@ -22,6 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 SETTINGS = {"default": ["llumnix-minus", "block", POOLED, PACKED], "batch-24": ["nosim", "block", POOLED, PACKED],
             "heterogeneous": ["llumnix-minus", "block"]}  # fmt: skip
 FILLED_S = 60.0
+HEAD = ["setting", "policy", "offered_rps", "completed_rps", "ci_low", "ci_high", "per_seed"]
 
 
 def completed_rps(config: SimulationConfig) -> float:
@@ -38,22 +40,27 @@ def main() -> None:
     parser.add_argument("--settings", default=",".join(SETTINGS))
     arguments = parser.parse_args()
     first, _, last = arguments.seeds.partition("-")
-    with (RESULTS / "policies-saturation.csv").open("w", newline="", buffering=1) as out:
-        file = csv.writer(out)
-        file.writerow(["setting", "policy", "offered_rps", "completed_rps", "ci_low", "ci_high", "per_seed"])
-        for name in arguments.settings.split(","):
-            offered_rps = arguments.over * START[name]
-            for policy in SETTINGS[name]:
-                config = of_policy(setting(name), policy)
-                found = [
-                    completed_rps(varied(config, rate_rps=offered_rps, seed=seed))
-                    for seed in range(int(first), int(last or first) + 1)
-                ]
-                low, high = bootstrap_interval(found)
-                row = [name, policy, f"{offered_rps:.1f}", f"{np.mean(found):.2f}", f"{low:.2f}", f"{high:.2f}",
-                       " ".join(f"{rps:.2f}" for rps in found)]  # fmt: skip
-                file.writerow(row)
-                print("  ".join(row), flush=True)
+    path, names = RESULTS / "policies-saturation.csv", arguments.settings.split(",")
+    rows: list[list[str]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if row[0] not in ("setting", *names)]
+    for name in names:
+        offered_rps = arguments.over * START[name]
+        for policy in SETTINGS[name]:
+            config = of_policy(setting(name), policy)
+            found = [
+                completed_rps(varied(config, rate_rps=offered_rps, seed=seed))
+                for seed in range(int(first), int(last or first) + 1)
+            ]
+            low, high = bootstrap_interval(found)
+            per_seed = " ".join(f"{rps:.2f}" for rps in found)
+            rows.append(
+                [name, policy, f"{offered_rps:.1f}", f"{np.mean(found):.2f}", f"{low:.2f}", f"{high:.2f}", per_seed]
+            )
+            print("  ".join(rows[-1]), flush=True)
+            with path.open("w", newline="", encoding="utf-8") as out:
+                csv.writer(out).writerows([HEAD, *rows])
 
 
 if __name__ == "__main__":

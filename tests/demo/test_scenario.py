@@ -4,35 +4,14 @@ from functools import cache
 
 import pytest
 
-from block.demo.scenario import INSTANCES, PROFILE, workload
-from block.engine.limits import EngineLimits
+from block.demo.scenario import simulated, workload
 from block.metrics.summary import Summary, summarize
-from block.simulate import SimulationConfig, simulate
-from block.simulate.config import GatewayModel, InstanceGroup, LengthModel
+from block.simulate import simulate
 
 
 @cache
 def figures(policy: str) -> Summary:
-    groups = [
-        InstanceGroup(
-            profile=PROFILE,
-            speed=kind.speed,
-            limits=EngineLimits(
-                num_gpu_blocks=kind.kv_blocks,
-                max_num_seqs=kind.batch,
-                max_num_batched_tokens=512,
-                max_model_len=2304,
-            ),
-        )
-        for kind in INSTANCES
-    ]
-    config = SimulationConfig(
-        policy=policy,
-        instances=groups,
-        lengths=LengthModel(estimator="history"),
-        gateways=GatewayModel(snapshot_interval_s=0.02),
-    )
-    return summarize(simulate(config, workload(66, 14, 0)))
+    return summarize(simulate(simulated(policy), workload(66, 14, 0)))
 
 
 @pytest.mark.parametrize(

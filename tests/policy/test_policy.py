@@ -197,6 +197,7 @@ def test_an_unknown_policy_is_answered_with_the_known_ones() -> None:
         ("block-harm:weight=-1", "must not be negative"),
         ("block:ttft_weight=-1", "must not be negative"),
         ("block:belief=1.5", "between 0 and 1"),
+        ("block:near=1", "near from 0 to below 1"),
     ],
 )
 def test_a_wrong_policy_option_is_one_clear_sentence(text: str, said: str) -> None:
@@ -257,3 +258,17 @@ def test_token_load_counts_seconds_of_each_instance_what_is_cached_not_and_a_lat
     assert pick(policy, [Candidate(a, fast), Candidate(b, fast, None, 90)]) == "b"
     late, later = load(waiting_tokens=10**6), load(waiting_tokens=2 * 10**6, kv_blocks_free=200)
     assert pick(policy, [Candidate(a, late), Candidate(b, later)]) == "b"
+
+
+def test_costs_that_are_near_the_lowest_are_drawn_from_where_a_policy_says_so() -> None:
+    names = ("best", "near", "far")
+    there = [
+        Candidate(InstanceId(n), None, prediction(e2e_s, ttft_s=0.0))
+        for n, e2e_s in zip(names, (10.0, 10.1, 10.3), strict=True)
+    ]
+
+    def chosen(policy: str) -> set[str]:
+        return {decide(policy_from(policy), REQUEST, there, Random(seed)).instance for seed in range(40)}
+
+    assert chosen("block") == {"best"}
+    assert chosen("block:near=0.02") == {"best", "near"}

@@ -302,6 +302,10 @@ async def test_ctrl_c_ends_the_command_with_the_rows_it_has(tmp_path: Path) -> N
         (["http://127.0.0.1:9", "--prompt-tokens", "3"], "go together"),
         (["http://127.0.0.1:9", "--duration", "0.00001"], "No request falls"),
         (["http://127.0.0.1:9", "--chart", "c.pdf"], ".png or .svg"),
+        (["http://127.0.0.1:9", "--rate", "0"], "above 0 requests/s"),
+        (["http://127.0.0.1:9", "--rate", "nan", "--duration", "4"], "above 0 requests/s"),
+        (["http://127.0.0.1:9", "--duration", "nan"], "--duration must be above 0"),
+        (["http://127.0.0.1:9", "--seed", "-1"], "must not be negative"),
     ],
 )
 def test_wrong_arguments_are_one_clear_sentence(arguments: list[str], said: str) -> None:

@@ -106,11 +106,16 @@ def _workload(options: dict[str, Any]) -> "WorkloadConfig":
         raise ConfigError("--arrivals trace needs --trace FILE.")
     if (options["prompt_tokens"] is None) != (options["output_tokens"] is None):
         raise ConfigError("--prompt-tokens and --output-tokens go together.")
-    rate_rps = options["rate_rps"] or (None if options["arrivals"] == "trace" else 10.0)
+    rate_rps = options["rate_rps"]
+    if rate_rps is None and options["arrivals"] != "trace":
+        rate_rps = 10.0
+    WorkloadConfig(rate_rps=rate_rps)  # refuses a rate that is none
     requests = options["requests"]
     if requests is None and options["trace"] is None:
         # Enough for the duration with a wide margin; what lies beyond it is cut.
         duration_s = options["duration_s"]
+        if duration_s is not None and not 0 < duration_s < float("inf"):
+            raise ConfigError(f"--duration must be above 0 seconds, not {duration_s}.")
         requests = 1000 if duration_s is None else int((rate_rps or 0) * duration_s * 2) + 100
     copied = ("arrivals", "gap_cv2", "on_s", "off_s", "lengths", "prompt_tokens", "output_tokens", "trace")
     return WorkloadConfig(rate_rps=rate_rps, requests=requests, **{name: options[name] for name in copied})

@@ -4,6 +4,8 @@ from typing import Final
 
 import msgspec
 
+from block.engine.limits import EngineLimits
+from block.simulate.config import GatewayModel, InstanceGroup, LengthModel, SimulationConfig
 from block.workload.offer import WorkloadConfig, offer
 from block.workload.offered import Offered
 
@@ -39,3 +41,26 @@ def workload(rate_rps: float, seconds: float, seed: int) -> list[Offered]:
     return [
         msgspec.structs.replace(one, output_tokens=max(1, one.output_tokens // SHORTEN)) for one in offer(config, seed)
     ]
+
+
+def simulated(policy: str) -> SimulationConfig:
+    """The same instances for the simulator, seen as the demo's gateway sees them: snapshots, lengths from history."""
+    groups = [
+        InstanceGroup(
+            profile=PROFILE,
+            speed=kind.speed,
+            limits=EngineLimits(
+                num_gpu_blocks=kind.kv_blocks,
+                max_num_seqs=kind.batch,
+                max_num_batched_tokens=512,
+                max_model_len=2304,
+            ),
+        )
+        for kind in INSTANCES
+    ]
+    return SimulationConfig(
+        policy=policy,
+        instances=groups,
+        lengths=LengthModel(estimator="history"),
+        gateways=GatewayModel(snapshot_interval_s=0.02),
+    )

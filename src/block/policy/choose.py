@@ -19,7 +19,7 @@ _INDIFFERENT: Final = Indifferent()
 
 
 def decide(policy: Policy, request: Request, candidates: Sequence[Candidate], rng: Random) -> Decision:
-    """Choose among the shortlisted ``candidates`` (at least one): the lowest cost, ties at random.
+    """Choose among the shortlisted ``candidates`` (at least one): the lowest cost, ties (and what is ``policy.near``) at random.
 
     A prediction is never compared with a counter: if one candidate lacks what the policy's rank needs, all are
     costed by the next coarser evidence, requests in flight and then nothing (random), and the decision names the
@@ -38,7 +38,7 @@ def decide(policy: Policy, request: Request, candidates: Sequence[Candidate], rn
         costs, used = _costs(_OUTSTANDING, request, candidates), Evidence.LOAD
     if None in costs:
         costs, used, fallback = _costs(_INDIFFERENT, request, candidates), Evidence.NOTHING, FALLBACK_TO_NOTHING
-    chosen = candidates[_lowest(costs, rng)]
+    chosen = candidates[_lowest(costs, policy.near, rng)]
     return Decision(chosen.instance, policy.name, candidates, costs, EVIDENCE_NAMES[used], fallback)
 
 
@@ -48,8 +48,11 @@ def _costs(rank: Rank, request: Request, candidates: Sequence[Candidate]) -> lis
     return [rank.cost(request, candidate) for candidate in candidates]
 
 
-def _lowest(costs: list[float | None], rng: Random) -> int:
+def _lowest(costs: list[float | None], near: float, rng: Random) -> int:
     lowest = min(cost for cost in costs if cost is not None)
+    if near > 0:
+        most = lowest + near * abs(lowest)
+        return rng.choice([i for i, cost in enumerate(costs) if cost is not None and cost <= most])
     if costs.count(lowest) == 1:
         return costs.index(lowest)
     return rng.choice([i for i, cost in enumerate(costs) if cost == lowest])

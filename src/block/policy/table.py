@@ -23,7 +23,8 @@ class Policy(NamedTuple):
     """A shortlist and a rank under a name. Make one per gateway: a shortlist may own state (whose turn it is).
 
     ``hold``: when to keep a request at the gateway instead of sending it now; ``None``: never. ``belief``: what-ifs let
-    the requests present end at this quantile (0-1) of what is still possible for each; ``None``: at its mean.
+    the requests present end at this quantile (0-1) of what is still possible for each; ``None``: at its mean. ``near``: costs
+    within this fraction of the lowest count as equal, and chance decides: gateways that know nothing of each other herd less.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Policy(NamedTuple):
     rank: Rank
     hold: Hold | None = None
     belief: float | None = None
+    near: float = 0.0
 
 
 class PolicySpec(NamedTuple):
@@ -59,10 +61,10 @@ def _block_harm(weight: float = 1.0) -> Policy:
 def _block(
     belief: float = 0.4, ttft_weight: float = 5.0, preemption_s: float = 1.0,
     delay_s: float = 0.05, most_s: float = 10.0, ahead: int = 8, by_size: int = 0, patience_s: float = 1.0,
-    blocked_s: float = 60.0, blocked_after_s: float = 1.0,
+    blocked_s: float = 60.0, blocked_after_s: float = 1.0, near: float = 0.0,
 ) -> Policy:  # fmt: skip
-    if not 0 < belief < 1:
-        raise ConfigError(f"belief must be between 0 and 1, not {belief}.")
+    if not 0 < belief < 1 or not 0 <= near < 1:
+        raise ConfigError(f"belief must be between 0 and 1, not {belief}, and near from 0 to below 1, not {near}.")
     rank = ranks.PredictedE2eGuarded(ttft_weight, preemption_s, blocked_s, blocked_after_s)
     hold = Hold(
         delay_s=delay_s,
@@ -72,7 +74,7 @@ def _block(
         by_size=bool(by_size),
         patience_s=patience_s,
     )
-    return Policy("", Everyone(), rank, hold, belief)
+    return Policy("", Everyone(), rank, hold, belief, near)
 
 
 def _block_slo(miss_s: float = 60.0, margin: float = 0.1) -> Policy:
