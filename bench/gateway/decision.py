@@ -18,6 +18,7 @@ from block.core import Request
 from block.gateway.config import GatewayConfig, InstanceConfig
 from block.gateway.deciding.decider import Decider
 from block.gateway.deciding.evidence import Evidence
+from block.gateway.exchange import NOTHING
 from block.gateway.members.pool import Pool, State
 from block.gateway.records.metrics import Metrics
 from block.length.table import make_estimator
@@ -28,7 +29,7 @@ from block.steptime.profile import load_profile
 class FakeExchange:
     """What the decider reads and writes of an exchange."""
 
-    generating, estimate, expected_total, http = True, None, 0, None
+    generating, estimate, expected_total, http, asked = True, None, 0, None, NOTHING
 
     def __init__(self, request: Request) -> None:
         self.request = request
