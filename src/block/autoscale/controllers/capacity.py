@@ -1,14 +1,19 @@
-"""What rate can these instances bear, for the traffic as it is? By replaying recent arrivals faster and slower."""
+"""What can these instances bear, for the traffic as it is? By replaying recent arrivals faster and slower.
+
+The replayed arrivals bring the same work every ``level_s``, with their bunches inside of it: what rises and falls more slowly is the
+forecast's to tell, and would be counted twice if it were in here too.
+"""
 
 import math
 from collections.abc import Sequence
 
 from block.autoscale.controllers.mixes import Counts
 from block.autoscale.controllers.stage import Arrivals, Recent, Stage
+from block.autoscale.controllers.work import Work
 from block.autoscale.terms import Observation
 
-PER_INSTANCE = 1_000
-LEAST_REQUESTS, MOST_REQUESTS = 2_000, 24_000
+PER_INSTANCE = 2_000
+LEAST_REQUESTS, MOST_REQUESTS = 6_000, 24_000
 """Requests of one replay: so many an instance, within these bounds. A short one flatters: an overload first fills batches."""
 WARM_FRACTION = 0.3
 """The part of a replay, which starts from idle engines, that is not judged."""
@@ -24,13 +29,18 @@ class Capacities:
     """Remembers the capacity of every candidate until it is due again. The clock is the observations', and what is replayed ends
     where that clock passed a multiple of ``renew_s``, so that two controllers with the same window find the same."""
 
-    def __init__(self, stage: Stage, allowed: float, recent_s: float, renew_s: float) -> None:
-        self._stage, self._recent_s, self._renew_s = stage, recent_s, renew_s
+    def __init__(
+        self, stage: Stage, work: Work, allowed: float, *, recent_s: float, renew_s: float, level_s: float
+    ) -> None:  # fmt: skip
+        self._stage, self._work = stage, work
+        self._recent_s, self._renew_s, self._level_s = recent_s, renew_s, level_s
         self.allowed = self._least_allowed = allowed
         self._recent = Recent()
         self._arrivals: Arrivals | None = None
         self._due: float | None = None
         self._known: dict[tuple[int, ...], float] = {}
+        self.each_s = 1.0
+        """Mean work of a recent request, in seconds."""
         self._guess_rps = 1.0  # what one instance bore last: where the search begins
 
     def renew(self, window: Sequence[Observation]) -> bool:
@@ -50,6 +60,9 @@ class Capacities:
             return False
         # The first bucket is short: it is taken again with every observation until it is whole.
         whole = bool(before) and before[-1].at_s - before[0].at_s > 0.2 * self._recent_s
+        work_s = self._work.of(arrivals.prompts, arrivals.outputs)
+        self.each_s = float(work_s.mean())
+        arrivals = arrivals.even(work_s, self._level_s)
         self._arrivals, self._due, self._known = arrivals, due if whole else None, {}
         # Requests that miss the SLO even on idle instances (long prompts) are no reason for more of them.
         alone = self._missed(self._stage.one_of_each(), arrivals, LOWEST_RPS)
@@ -57,17 +70,17 @@ class Capacities:
         return True
 
     def of(self, want: Counts) -> float:
-        """The highest rate that ``want`` bears, in requests/s."""
+        """The highest rate of work that ``want`` bears, in seconds of work a second."""
         count = sum(want.values())
         if count == 0 or self._arrivals is None:
             return 0.0
         key = tuple(want.values())
         if key not in self._known:
-            self._known[key] = self._by_parts(want, count)
+            self._known[key] = self._by_parts(want, count) * self.each_s
         return self._known[key]
 
     def _by_parts(self, want: Counts, count: int) -> float:
-        """Of many instances of one kind a few are tried, with their share of the requests (every so-manieth)."""
+        """Requests/s. Of many instances of one kind a few are tried, with their share of the requests (every so-manieth)."""
         assert self._arrivals is not None
         share = 1.0
         if count > TRIED_MOST and count in want.values():

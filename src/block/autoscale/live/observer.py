@@ -15,7 +15,7 @@ from typing import Any, Final
 import aiohttp
 import msgspec
 
-from block.autoscale.controllers.window import ARRIVALS_MOST, DETAIL_S
+from block.autoscale.controllers.window import ARRIVALS_MOST, DETAIL_S, thinned
 from block.autoscale.live.gateways import Gateway, GatewayError
 from block.autoscale.live.membership import Membership
 from block.autoscale.terms import Actuator, Arrival, Kind, Member, Observation, Phase, Served
@@ -145,7 +145,7 @@ class Observer:
         self._looks[look] = msgspec.structs.replace(self._looks[look], **fields)
 
     def _thin(self, history_s: float) -> None:
-        """Bounded memory: of old looks only the counts are kept, of older ones nothing."""
+        """Bounded memory: of old looks only counts and tokens are kept, of older ones nothing."""
         now_s, arrivals = self._looks[self._look].at_s, 0
         kept: dict[int, Observation] = {}
         for look, seen in reversed(self._looks.items()):
@@ -153,7 +153,7 @@ class Observer:
                 break
             arrivals += len(seen.arrivals)
             if seen.arrivals and look != self._look and (seen.at_s < now_s - DETAIL_S or arrivals > ARRIVALS_MOST):
-                seen = msgspec.structs.replace(seen, arrived=seen.count, arrivals=(), served=(), slow_e2e_s=())  # noqa: PLW2901
+                seen = thinned(seen)  # noqa: PLW2901
             kept[look] = seen
         self._looks = dict(reversed(kept.items()))
         oldest = next(iter(self._looks))
