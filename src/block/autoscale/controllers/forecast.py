@@ -1,12 +1,10 @@
-"""How much work to be ready for: what came next, whenever the past looked like now.
+"""How much work may come: what came next, whenever the past looked like now.
 
-The question is always the same: between ``from_s`` and ``to_s`` from now, which rate of work, as a mean over ``level_s`` (a
-minute), is exceeded so seldom that only the fraction ``short`` of all work comes in such minutes? The window answers it by its
-own past (an analog forecast). Every past moment is described by how far its level stood from its ``base`` (the mean over an
-hour), and by how restless that hour was; the ``NEAR`` moments most like now are taken, and what came after each, relative to its
-base, is what may come now. Nothing is assumed of the traffic: bursts that end, bunches that nobody can follow, and a quiet
-service are told apart by what they did. Minutes count by the work in them, as a request is as likely to meet a busy minute as
-there are many in it.
+The window answers by its own past (an analog forecast). Every past moment is described by how far its level (the mean rate of
+work over a minute) stood from its base (the mean over an hour), and by how restless that hour was; the ``NEAR`` moments most
+like now are taken, and the minutes that came after each, relative to its base, are what may come now. Nothing is assumed of
+the traffic: bursts that end, bunches that nobody can follow, and a quiet service are told apart by what they did. Minutes
+count by the work in them, as a request is as likely to meet a busy minute as there are many in it.
 
 Where the window holds a period (a day), the same is done relative to the base times the rise one period before; the answer that was
 the less wrong for these moments (pinball loss) is believed.
@@ -31,24 +29,33 @@ CALMEST = 0.02
 """Hours calmer than this (root mean square of level / base - 1) are equally calm."""
 ALLOWANCE = 1.25
 """Multiplies the level while there is no past to answer by."""
-RISE_MOST = 20.0
+RISE_MOST, SMOOTH = 20.0, 10
+JUDGED_PART = 0.05
+"""Answers are compared by the rate above which this part of the work came."""
 
 
 class Forecast(NamedTuple):
-    """In seconds of work a second. ``peak``: to be ready for; ``level``: that of the last minute; ``base``: of the last hour;
-    ``by``: "past", "season" or, too early for both, "level"."""
+    """Rates are in seconds of work a second. ``rates``: (n,) of minutes that may come, ``weights``: (n,) of each, adding up to 1.
+    ``level``: that of the last minute; ``base``: of the last hour; ``by``: "past", "season" or, too early for both, "level"."""
 
-    peak: float
+    rates: Floats
+    weights: Floats
     level: float
     base: float
     by: str
+
+    def exceeded_by(self, part: float) -> float:
+        """The rate above which no more than this part of the work comes."""
+        return exceeded_by(self.rates, self.weights, part)
 
 
 class Forecaster:
     """Makes forecasts from windows. ``level_s``: rates are means over so long; ``base_s``: and are told relative to a mean over
     so long; ``period_s``: the season's length."""
 
-    def __init__(self, work: Work, *, level_s: float = 60.0, base_s: float = 3600.0, period_s: float = 86_400.0) -> None:
+    def __init__(
+        self, work: Work, *, level_s: float = 60.0, base_s: float = 3600.0, period_s: float = 86_400.0
+    ) -> None:
         self._brought, self._base_s, self._period_s = Brought(work), base_s, period_s
         self.step_s = level_s / 2
 
@@ -62,27 +69,27 @@ class Forecaster:
         period = round(self._period_s / self.step_s)
         return Course(rates, level, base, np.log(np.maximum(away, 1e-3)), np.log(restless + CALMEST), period)
 
-    def tell(self, course: "Course", from_s: float, to_s: float, short: float) -> Forecast:
-        """What to be ready for in the minutes that begin between ``from_s`` and ``to_s`` from now (0 <= from_s <= to_s)."""
+    def tell(self, course: "Course", from_s: float, to_s: float) -> Forecast:
+        """The minutes that may begin between ``from_s`` and ``to_s`` from now (0 <= from_s <= to_s)."""
         first, last = round(from_s / self.step_s), round(to_s / self.step_s)
         leads = np.arange(first, last + 1) + 2  # a mean over two steps is known at its end
         now, level, base = len(course.level) - 1, float(course.level[-1]), float(course.base[-1])
         count = now + 1 - leads[-1]  # moments whose future is known
         if count < PAST_LEAST:
-            return Forecast(level * ALLOWANCE, level, base, "level")
+            return Forecast(np.array([level * ALLOWANCE]), np.ones(1), level, base, "level")
         alike = course.alike(count)
         flat = np.ones((1, len(leads)))
         answers = {"past": (alike, course.base[alike][:, None] * flat, base * flat)}
         if (seasoned := alike[alike >= course.period]).size >= PAST_LEAST:
             answers["season"] = seasoned, course.risen(seasoned, leads), course.risen(np.array([now]), leads)
-        best, least = Forecast(level, level, base, "level"), np.inf
+        told: list[tuple[float, Floats, Floats, str]] = []
         for by, (moments, answer, here) in answers.items():
             actual = course.level[moments[:, None] + leads]
-            factor = exceeded_by(actual / answer, actual, short)
-            loss = _loss(actual, answer * factor, short)
-            if loss < least:
-                best, least = Forecast(float(here.max()) * factor, level, base, by), loss
-        return best
+            ratios = actual / answer
+            loss = _loss(actual, answer * exceeded_by(ratios, actual, JUDGED_PART), JUDGED_PART)
+            told.append((loss, (ratios * here).ravel(), actual.ravel(), by))
+        _, rates, weights, by = min(told, key=lambda one: one[0])
+        return Forecast(rates, weights / max(weights.sum(), 1e-12), level, base, by)
 
 
 class Course(NamedTuple):
@@ -100,28 +107,28 @@ class Course(NamedTuple):
         """Of the first ``count`` moments those most like now, ascending."""
         near = min(max(count // PAST_PART, PAST_LEAST), NEAR)
         distance = np.abs(self.away[:count] - self.away[-1]) + np.abs(self.restless[:count] - self.restless[-1])
-        return np.sort(np.argsort(distance, kind="stable")[:near])
+        return np.sort(np.argpartition(distance, near - 1)[:near])
 
     def risen(self, moments: Ints, leads: Ints) -> Floats:
-        """(moments, leads): the base times how the level (over ten steps) rose above it one period before."""
-        smooth = moving_mean(self.rates, 10)
+        """(moments, leads): the base times how the rate (over ``SMOOTH`` steps around) rose above it one period before."""
+        smooth = moving_mean(self.rates, SMOOTH)
         then = moments - self.period
-        rise = smooth[np.minimum(then[:, None] + leads, len(smooth) - 1)] / self.base[then][:, None]
+        rise = smooth[np.minimum(then[:, None] + leads + SMOOTH // 2, len(smooth) - 1)] / self.base[then][:, None]
         return np.asarray(self.base[moments][:, None] * np.clip(rise, 1 / RISE_MOST, RISE_MOST))
 
 
-def exceeded_by(ratios: Floats, weights: Floats, short: float) -> float:
-    """The ratio above which no more than the fraction ``short`` of the weights lies."""
+def exceeded_by(ratios: Floats, weights: Floats, part: float) -> float:
+    """The ratio above which no more than this part of the weights lies."""
     order = np.argsort(ratios, axis=None)[::-1]
     above = np.cumsum(weights.ravel()[order])
-    place = int(np.searchsorted(above, short * above[-1], side="right"))
+    place = int(np.searchsorted(above, part * above[-1], side="right"))
     return float(ratios.ravel()[order[min(place, len(order) - 1)]])
 
 
-def _loss(actual: Floats, said: Floats, short: float) -> float:
-    """Pinball loss of an answer that should be exceeded ``short`` of the time."""
+def _loss(actual: Floats, said: Floats, part: float) -> float:
+    """Pinball loss of an answer that should be exceeded in this part of the cases."""
     over = actual - said
-    return float(np.mean(np.maximum((1 - short) * over, -short * over)))
+    return float(np.mean(np.maximum((1 - part) * over, -part * over)))
 
 
 def on_grid(at_s: Floats, brought: Floats, step_s: float) -> Floats:

@@ -3,13 +3,12 @@
 Theory of operation. Load is counted in work (`work`: seconds that tokens take), so that a change of the mix is one of load.
 Of every decision:
 
-1. *What can n instances bear?* The recent arrivals, with lengths and bunches as they were, are squeezed or stretched in time until
-   the model of n instances just still meets the SLO for the target fraction of them: that rate of work is the capacity of n, for
-   the traffic as it is now. It is found by bisection, for the few n (or mixes of kinds) that come into question, anew every
-   ``renew_s`` seconds of the observations' clock (`capacity`).
-2. *What comes?* The rate of work, as a mean over a minute, that is exceeded by hardly any of the work to come: for one more instance,
-   from the moment it would be ready; for one fewer, from now on until it could be had again (`forecast`: what came next whenever the past
-   looked like now).
+1. *What do n instances miss?* The recent arrivals, with lengths and bunches as they were, are squeezed or stretched in time and
+   served by the model of n instances: which fraction of them misses the SLO under every load. That is done for the few n (or
+   mixes of kinds) that come into question, anew every ``renew_s`` seconds of the observations' clock (`capacity`).
+2. *What may come?* Minutes like those that came next whenever the past looked like now (`forecast`): for one more instance, from
+   the moment it would be ready; for one fewer, from now on until it could be had again.
+   Both together give the fraction of requests that each n is expected to miss, in minutes that go well and in those that do not.
 3. *Does something wait already?* Then the present state counts too: the recent arrivals are served on as many instances as
    were ready then, and from what is left queued the forecast goes on with candidates that are ready a cold start from now.
 
@@ -33,14 +32,16 @@ REPLAYED_MOST = 20_000
 """Requests of one replay from the present state."""
 JUDGED_S = 120.0
 """How long a replay from the present state goes on after the cold start; the first quarter is not judged."""
+RARE = 0.01
+"""Told is the rate above which this part of the work may come."""
 QUEUED_CALM = 4
 """With at most so many requests waiting an instance, the present state does not matter."""
 
 
 class Replay:
-    """``target``: the fraction of requests that must meet the SLO in a replay. ``short``: the fraction of the work that may come
-    in minutes that bring more than the instances bear. ``worth`` above 0 sets it by what a miss is worth, in instance-hours (at
-    price 1), instead: so many are wanted that one more would cost more than what it saves. ``margin``: the part of the
+    """``target``: the fraction of requests that must be expected to meet the SLO, beside those that would miss it alone. ``worth``
+    above 0 decides instead by what a miss is worth, in instance-hours at price 1: so many are wanted that instances and
+    misses together cost the least. ``margin``: the part of the
     capacity that is not used. ``recent_s``: what is replayed; ``renew_s``: how often capacities are found anew. ``beyond_s``:
     how long, after a cold start, the count must do; ``level_s``: rates are means over so long; ``base_s``: told relative to
     a mean over so long; ``past_s``: how far back is looked for what came next; ``period_s``: the season's length. ``spare``:
@@ -50,19 +51,19 @@ class Replay:
     name = "replay"
 
     def __init__(
-        self, kinds: Sequence[Kind], slo: Slo | None = None, *, target: float = 0.99, short: float = 0.01,
+        self, kinds: Sequence[Kind], slo: Slo | None = None, *, target: float = 0.99,
         margin: float = 0.0, worth: float = 0.0, recent_s: float = 3600.0, renew_s: float = 900.0, beyond_s: float = 30.0,
         level_s: float = 60.0, base_s: float = 3600.0, past_s: float = 172_800.0, period_s: float = 86_400.0,
         spare: int = 0, zero: int = 0, idle_s: float = 900.0,
     ) -> None:  # fmt: skip
-        if not (0 < target < 1 and 0 < short < 1 and 0 <= margin < 1):
-            raise ConfigError("target and short must be between 0 and 1, margin in [0, 1).")
+        if not (0 < target < 1 and 0 <= margin < 1):
+            raise ConfigError("target must be between 0 and 1, margin in [0, 1).")
         times_s = (recent_s, renew_s, beyond_s, level_s, base_s, past_s, period_s, idle_s)
         if min(times_s) <= 0 or min(spare, worth) < 0:
             raise ConfigError("The times of replay must be above 0, spare and worth not negative.")
         self._kinds, self._slo = tuple(kinds), slo or Slo(ttft_s=3.0)
         self._cheapest = min(self._kinds, key=lambda kind: kind.price)
-        self._short, self._worth, self._margin, self._beyond_s = short, worth, margin, beyond_s
+        self._worth, self._margin, self._beyond_s = worth, margin, beyond_s
         self._recent_s, self._spare, self._zero, self._idle_s = recent_s, spare, bool(zero), idle_s
         self._stage = Stage(self._kinds, self._slo)
         self._recent = Recent()
@@ -75,14 +76,17 @@ class Replay:
 
     def decide(self, window: Sequence[Observation]) -> Plan:
         have = counts(window[-1], self._kinds)
+        if (idle := self._idle(window)) is not None:
+            return idle
         if not self._capacities.renew(window):
-            return self._idle(window, have)
+            return Plan(have, "No single requests to replay yet.")
         cold_s = max(kind.cold_start_s for kind in self._kinds)
         course = self._forecaster.course(window)
-        rises = self._forecaster.tell(course, cold_s, cold_s + self._beyond_s, self._short)
-        stays = self._forecaster.tell(course, 0.0, cold_s + self._beyond_s, self._short)
-        more, _ = cheapest(self._kinds, have, self._shortage(rises.peak), 0.0)
-        fewer, _ = cheapest(self._kinds, have, self._shortage(max(stays.peak, rises.peak)), 0.0)
+        rises = self._forecaster.tell(course, cold_s, cold_s + self._beyond_s)
+        stays = self._forecaster.tell(course, 0.0, cold_s + self._beyond_s)
+        allowed = self._allowed(rises)
+        more, _ = cheapest(self._kinds, have, self._missed(rises), allowed)
+        fewer, _ = cheapest(self._kinds, have, self._missed(rises, stays), allowed)
         want = more if self._price(more) >= self._price(have) else fewer
         if self._price(more) < self._price(have) < self._price(fewer):
             want = have  # between the two: neither more are needed nor can fewer be risked
@@ -97,24 +101,50 @@ class Replay:
     def _price(self, want: Counts) -> float:
         return sum(kind.price * want[kind.name] for kind in self._kinds)
 
-    def _shortage(self, rate: float) -> Callable[[Counts], float]:
-        """How much of a rate of work a candidate cannot bear, as a fraction; 0: it can."""
-        return lambda want: max(0.0, 1 - (1 - self._margin) * self._capacities.of(want) / max(rate, 1e-9))
+    def _missed(self, *coming: Forecast) -> Callable[[Counts], float]:
+        """The fraction of requests that a candidate is expected to miss in the worst of what may come."""
+
+        @cache
+        def missed(values: tuple[int, ...]) -> float:
+            curve = self._capacities.of(dict(zip(names, values, strict=True)))
+            return max(float(curve.at(one.rates / (1 - self._margin)) @ one.weights) for one in coming)
+
+        names = [kind.name for kind in self._kinds]
+        return lambda want: missed(tuple(want[name] for name in names))
+
+    def _allowed(self, rises: Forecast) -> float:
+        """The missed fraction that candidates may have; where misses have a worth, that of the best count of the cheapest kind."""
+        if self._worth == 0:
+            return self._capacities.allowed
+        each_h = 3600 * self._worth * rises.base / self._capacities.each_s / self._cheapest.price
+        missed = self._missed(rises)
+        costs = {}
+        for count in range(1, self._cheapest.most + 1):
+            share = missed({kind.name: count if kind is self._cheapest else 0 for kind in self._kinds})
+            costs[count] = count + each_h * share, share
+            if share <= self._capacities.alone or count > min(costs.values())[0]:
+                break
+        return max(min(costs.values())[1], self._capacities.alone)
 
     def _told(self, want: Counts, rises: Forecast, stays: Forecast) -> dict[str, float]:
-        """The numbers behind a plan, as requests/s like the recent ones."""
-        each_s = self._capacities.each_s
+        """The numbers behind a plan; rates as requests/s like the recent ones."""
+        each_s, allowed = self._capacities.each_s, self._capacities.allowed
+        fewer = {**want, self._cheapest.name: max(want[self._cheapest.name] - 1, 0)}
         return {
-            "bears_rps": self._capacities.of(want) / each_s, "rate_rps": rises.level / each_s, "base_rps": rises.base / each_s,
-            "forecast_rps": rises.peak / each_s, "hold_rps": max(stays.peak, rises.peak) / each_s, "work_s": each_s,
+            "missed": self._missed(rises, stays)(want), "missed_with_fewer": self._missed(rises, stays)(fewer),
+            "bears_rps": self._capacities.of(want).bears(allowed) / each_s, "rate_rps": rises.level / each_s,
+            "base_rps": rises.base / each_s, "forecast_rps": rises.exceeded_by(RARE) / each_s, "work_s": each_s,
         }  # fmt: skip
 
     def _relief(self, window: Sequence[Observation], rises: Forecast, have: Counts, cold_s: float) -> Counts:
         """The fewest, not fewer than now, that are within the SLO again one cold start from now."""
         now_s, span_s = window[-1].at_s, cold_s + JUDGED_S
         arrivals = self._recent.arrivals(window, max(0.125 * self._recent_s, 2 * cold_s), REPLAYED_MOST)
+        if not len(arrivals.at_s):
+            return have
         self._stage.set(last(window, arrivals.span_s), arrivals, now_s)
-        coming = arrivals.again(now_s, max(rises.peak, rises.level) / self._capacities.each_s, span_s, REPLAYED_MOST)
+        likely = float(rises.rates @ rises.weights)
+        coming = arrivals.again(now_s, max(likely, rises.level) / self._capacities.each_s, span_s, REPLAYED_MOST)
 
         @cache
         def missed(values: tuple[int, ...]) -> float:
@@ -124,11 +154,11 @@ class Replay:
         want, _ = cheapest(self._kinds, have, lambda want: missed(tuple(want.values())), self._capacities.allowed)
         return want if self._price(want) >= self._price(have) else have
 
-    def _idle(self, window: Sequence[Observation], have: Counts) -> Plan:
+    def _idle(self, window: Sequence[Observation]) -> Plan | None:
+        """What there should be after ``idle_s`` without a request; ``None``: it is not as long as that."""
         quiet_s = window[-1].at_s - window[0].at_s
-        idle = quiet_s >= self._idle_s and not any(seen.count or seen.queued for seen in last(window, self._idle_s))
-        if not idle:
-            return Plan(have, "No single requests to replay yet.")
+        if quiet_s < self._idle_s or any(seen.count or seen.queued for seen in last(window, self._idle_s)):
+            return None
         least = {kind.name: kind.least for kind in self._kinds}
         if self._zero:
             return Plan(least, f"Not a request for {self._idle_s:g} s.")
@@ -146,6 +176,7 @@ def _reason(want: Counts, have: Counts, told: dict[str, float], rises: Forecast)
     verb = "keep" if want == have else f"{change:+d}" if change else "another mix"
     counted = ", ".join(f"{count} {name}" for name, count in want.items())
     return (
-        f"{counted} ({verb}): they bear {told['bears_rps']:.2f} requests/s within the SLO; "
-        f"be ready for {told['forecast_rps']:.2f} ({told['rate_rps']:.2f} now, by {rises.by})."
+        f"{counted} ({verb}): {told['missed']:.2%} of the requests may miss the SLO, {told['missed_with_fewer']:.2%} with one "
+        f"fewer; {told['rate_rps']:.2f} requests/s now, up to {told['forecast_rps']:.2f} to come (by {rises.by}), "
+        f"{told['bears_rps']:.2f} borne."
     )

@@ -6,7 +6,6 @@ the observation of its time. An arrival's output tokens are those expected until
 
 import asyncio
 import logging
-import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import msgspec
 from block.autoscale.controllers.window import ARRIVALS_MOST, DETAIL_S, thinned
 from block.autoscale.live.gateways import Gateway, GatewayError
 from block.autoscale.live.membership import Membership
+from block.autoscale.steady import now_s
 from block.autoscale.terms import Actuator, Arrival, Kind, Member, Observation, Phase, Served
 from block.errors import ActuatorError
 from block.gateway.records.recent import RecentAnswer, Seen
@@ -66,7 +66,7 @@ class Observer:
         instances = _freshest([msgspec.structs.replace(one, name=self._membership.name_of(one)) for one in told])
         await self._ask_predictors(instances, blind)
         members = await self._all_members(instances, blind)
-        at_s = time.time()
+        at_s = now_s()
         self._look += 1
         self._looks[self._look] = Observation(
             at_s=at_s, members=members, blind=tuple(blind), **_loads(list(seen.values()), instances)
@@ -164,7 +164,7 @@ class Observer:
 
     async def _all_members(self, instances: dict[str, Seen], blind: list[str]) -> tuple[Member, ...]:
         """The actuator's members as the gateways see them; all that the gateways have where it keeps none."""
-        now_s = time.time()
+        at_s = now_s()
         before = {member.id: member for member in self._members}
         keeps = bool(getattr(self._actuator, "keeps_members", True))
         joins = bool(getattr(self._actuator, "joins_gateways", True))
@@ -194,7 +194,7 @@ class Observer:
                 else:
                     continue
             old = before.get(name)
-            members.append(Member(name, kind, phase, old.since_s if old and old.phase is phase else now_s))
+            members.append(Member(name, kind, phase, old.since_s if old and old.phase is phase else at_s))
         self._members = tuple(members)
         return self._members
 
