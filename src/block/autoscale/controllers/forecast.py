@@ -21,7 +21,7 @@ from block.autoscale.terms import Observation
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-PAST_LEAST = 60
+PAST_LEAST = 20
 """Past moments needed to answer by."""
 PAST_PART, NEAR = 7, 400
 """Of the past moments one in so many is taken for alike, at most ``NEAR``."""
