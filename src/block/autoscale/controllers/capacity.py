@@ -67,6 +67,7 @@ class Capacities:
         self._arrivals: Arrivals | None = None
         self._due: float | None = None
         self._known: dict[tuple[int, ...], Curve] = {}
+        self._tried: dict[tuple[int, ...], Curve] = {}  # by counts and part: loads an instance
         self.each_s = 1.0
         """Mean work of a recent request, in seconds."""
         self.alone = 0.0
@@ -94,6 +95,7 @@ class Capacities:
         self.each_s = float(work_s.mean())
         arrivals = arrivals.even(work_s, self._level_s)
         self._arrivals, self._due, self._known = arrivals, due if whole else None, {}
+        self._tried = {}
         # Requests that miss the SLO even on idle instances (long prompts) are no reason for more of them.
         self.alone = self._missed(self._stage.one_of_each(), arrivals, LEAST_LOAD / self.each_s)
         self.allowed = 1 - (1 - self._least_allowed) * (1 - self.alone)
@@ -112,12 +114,16 @@ class Capacities:
     def _by_parts(self, want: Counts, count: int) -> Curve:
         """Of many instances of one kind a few are tried, with their share of the requests (every so-manieth)."""
         assert self._arrivals is not None
-        tried = count
+        tried, part = count, 1
         if count > TRIED_MOST and count in want.values():
-            tried = TRIED_MOST
+            tried, part = TRIED_MOST, round(count / TRIED_MOST)
             want = {name: TRIED_MOST if number else 0 for name, number in want.items()}
-        powers, missed = self._walk(want, tried, self._arrivals.share(tried / count))
-        return Curve(count * GRID ** np.array(powers, dtype=float), np.maximum.accumulate(missed))
+        key = *want.values(), part
+        if key not in self._tried:
+            powers, missed = self._walk(want, tried, self._arrivals.share(1 / part))
+            self._tried[key] = Curve(GRID ** np.array(powers, dtype=float), np.maximum.accumulate(missed))
+        each = self._tried[key]
+        return Curve(count * each.load, each.missed)
 
     def _walk(self, want: Counts, count: int, arrivals: Arrivals) -> tuple[list[int], list[float]]:
         """Up from the guess until they are overloaded, down until hardly any miss: powers of ``GRID`` an instance, missed."""

@@ -54,7 +54,9 @@ class Arrivals(msgspec.Struct, frozen=True):
 
     def share(self, fraction: float) -> "Arrivals":
         """Evenly that fraction of them, at the same times: the rate is less, a bunch as long as it was."""
-        which = np.unique((np.arange(round(len(self.at_s) * fraction)) / fraction).astype(np.int64))
+        if fraction == 1:
+            return self
+        which = (np.arange(round(len(self.at_s) * fraction)) / fraction).astype(np.int64)
         which = which[which < len(self.at_s)] if len(which) else np.zeros(1, np.int64)
         return Arrivals(self.at_s[which], self.prompts[which], self.outputs[which], self.span_s)
 
