@@ -91,7 +91,7 @@ def test_a_shift_to_longer_requests_at_the_same_rate_is_one_of_load() -> None:
             for seen, prompt in zip(observed([5.0] * 200, {"a30": 3}), prompts, strict=True)
         ]  # fmt: skip
 
-    shifted = controller_from("replay", [KIND], SLO).decide(made([400] * 190 + [4000] * 10))
+    shifted = controller_from("replay", [KIND], SLO).decide(made([400] * 150 + [4000] * 50))
     steady = controller_from("replay", [KIND], SLO).decide(made([400] * 200))
     assert shifted.want["a30"] > steady.want["a30"], "though as many requests came"
 
@@ -161,7 +161,8 @@ EACH = Work(1.0, 0.0)
 
 
 def told(rps: np.ndarray, lead_s: float = 60.0, **spans: float) -> Forecast:
-    window = [Observation(at_s=30.0 * (i + 1), tokens=(round(30 * float(rate)), 0)) for i, rate in enumerate(rps)]
+    counts = [round(30 * float(rate)) for rate in rps]
+    window = [Observation(at_s=30.0 * (i + 1), arrived=n, tokens=(n, 0)) for i, n in enumerate(counts)]
     forecaster = Forecaster(EACH, **spans)
     return forecaster.tell(forecaster.course(window), lead_s, lead_s)
 
@@ -206,10 +207,17 @@ def test_without_a_past_an_allowance_is_added() -> None:
 
 
 def test_an_interval_that_nobody_saw_counts_as_the_one_before() -> None:
-    seen = [Observation(at_s=30.0 * (i + 1), tokens=(60, 0)) for i in range(100)]
+    seen = [Observation(at_s=30.0 * (i + 1), arrived=60, tokens=(60, 0)) for i in range(100)]
     blind = [*seen[:-1], Observation(at_s=3000.0, arrived=0, blind=("g",))]
     courses = [Forecaster(EACH).course(window) for window in (seen, blind)]
     assert np.array_equal(courses[0].rates, courses[1].rates)
+
+
+def test_a_rush_of_short_requests_is_taken_for_one_of_usual_ones() -> None:
+    seen = [Observation(at_s=30.0 * (i + 1), arrived=60, tokens=(60, 0)) for i in range(100)]
+    rush = [Observation(at_s=3000.0 + 30.0 * (i + 1), arrived=120, tokens=(60, 0)) for i in range(2)]
+    level = Forecaster(EACH).course([*seen, *rush]).level[-1]
+    assert 3.5 < level < 4.0, "requests come twice as fast, though they bring no more yet"
 
 
 def test_observations_at_uneven_times_are_put_on_an_even_grid() -> None:

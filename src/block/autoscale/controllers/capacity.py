@@ -1,7 +1,7 @@
 """How many requests miss the SLO on these instances under so much load, for the traffic as it is? By replaying recent arrivals
 faster and slower.
 
-The replayed arrivals bring the same work every ``level_s``, with their bunches inside of it: what rises and falls more slowly
+As many of the replayed arrivals come in every ``level_s``, with their bunches inside of it: what rises and falls more slowly
 is the forecast's to tell, and would be counted twice if it were in here too.
 """
 
@@ -91,9 +91,8 @@ class Capacities:
             return False
         # The first bucket is short: it is taken again with every observation until it is whole.
         whole = bool(before) and before[-1].at_s - before[0].at_s > 0.2 * self._recent_s
-        work_s = self._work.of(arrivals.prompts, arrivals.outputs)
-        self.each_s = float(work_s.mean())
-        arrivals = arrivals.even(work_s, self._level_s)
+        self.each_s = float(self._work.of(arrivals.prompts, arrivals.outputs).mean())
+        arrivals = arrivals.even(self._level_s)
         self._arrivals, self._due, self._known = arrivals, due if whole else None, {}
         self._tried = {}
         # Requests that miss the SLO even on idle instances (long prompts) are no reason for more of them.

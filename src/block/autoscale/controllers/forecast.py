@@ -29,6 +29,8 @@ CALMEST = 0.02
 """Hours calmer than this (root mean square of level / base - 1) are equally calm."""
 ALLOWANCE = 1.25
 """Multiplies the level while there is no past to answer by."""
+EACH_PART = 0.25
+"""What a request brings is a mean over this part of ``base_s``."""
 RISE_MOST, SMOOTH = 20.0, 10
 JUDGED_PART = 0.05
 """Answers are compared by the rate above which this part of the work came."""
@@ -61,7 +63,12 @@ class Forecaster:
 
     def course(self, window: Sequence[Observation]) -> "Course":
         """The window's work on an even grid that ends now, once for all questions of a decision."""
-        rates = on_grid(*self._brought.of(window), self.step_s)
+        at_s, requests, brought = self._brought.of(window)
+        come, work = on_grid(at_s, requests, self.step_s), on_grid(at_s, brought, self.step_s)
+        # How long requests are wanders about its mean from minute to minute, however many there are: a rush of short ones is one
+        # of usual ones soon. So requests are counted by the minute, and what each brings is a mean over longer.
+        width = max(round(self._base_s * EACH_PART / self.step_s), 2)
+        rates = come * moving_mean(work, width) / np.maximum(moving_mean(come, width), 1e-9)
         level, base = moving_mean(rates, 2), moving_mean(rates, max(round(self._base_s / self.step_s), 2))
         base = np.maximum(base, 1e-9)
         away = level / base

@@ -41,15 +41,14 @@ class Arrivals(msgspec.Struct, frozen=True):
         at_s = from_s + turn * (self.span_s * stretch) + offsets_s[place] - offsets_s[first]
         return Arrivals(at_s, self.prompts[place], self.outputs[place], span_s)
 
-    def even(self, work_s: Floats, level_s: float) -> "Arrivals":
-        """The same with time stretched so that every ``level_s`` brings as much of ``work_s`` (n,): bunches within stay."""
+    def even(self, level_s: float) -> "Arrivals":
+        """The same with time stretched so that as many come in every ``level_s``: bunches within stay."""
         count = max(round(self.span_s / level_s), 1)
         from_s = self.at_s[-1] - self.span_s
         place = np.clip((self.at_s - from_s) / self.span_s * count, 0.0, np.nextafter(count, 0))
         slots = place.astype(np.int64)
-        brought = np.bincount(slots, work_s, count)
-        ends = np.cumsum(brought) / brought.sum()
-        at = ends[slots] + (place - slots - 1) * brought[slots] / brought.sum()
+        come = np.bincount(slots, minlength=count) / len(slots)
+        at = np.cumsum(come)[slots] + (place - slots - 1) * come[slots]
         return Arrivals(from_s + at * self.span_s, self.prompts, self.outputs, self.span_s)
 
     def share(self, fraction: float) -> "Arrivals":

@@ -37,8 +37,8 @@ class Brought:
         self._settled = np.zeros((0, 3))
         self._single: dict[float, tuple[tuple[Arrival, ...], float]] = {}
 
-    def of(self, window: Sequence[Observation]) -> tuple[Floats, Floats]:
-        """(n,) ends of the observations and (n,) seconds of work that came in each; NaN where nobody could tell.
+    def of(self, window: Sequence[Observation]) -> tuple[Floats, Floats, Floats]:
+        """(n,) ends of the observations, (n,) requests and (n,) seconds of work that came in each; NaN where nobody could tell.
 
         Where an observation has a count but no tokens its requests are taken for average ones.
         """
@@ -57,7 +57,7 @@ class Brought:
         at_s, brought, requests = table.T
         told = np.isfinite(brought) & (requests > 0)
         each_s = float(brought[told].sum() / requests[told].sum()) if told.any() else 1.0
-        return at_s, np.where(np.isfinite(brought), brought, requests * each_s)
+        return at_s, requests, np.where(np.isfinite(brought), brought, requests * each_s)
 
     def _row(self, seen: Observation) -> tuple[float, float, float]:
         """Its end, its work (NaN: unknown) and its requests (NaN: unknown)."""
