@@ -1,6 +1,6 @@
 """Days of conversation, code and mixed traffic under every controller at several settings: misses against GPU hours.
 
-usage: autoscale_days.py TRACES [--workloads conv,code,both] [--cold 120,30,0,300] [--seed N] [--days N] [--only WORD]
+usage: autoscale_days.py TRACES [--workloads conv,code,both] [--cold 120,30,0,300] [--seed N] [--days N] [--only PATTERN]
                          [--out FOLDER]
 
 TRACES is a folder with azure-2023-conv.csv.gz and azure-2023-code.csv.gz. An instance is a Qwen2-7B on an A30. The first
@@ -10,6 +10,7 @@ there already are skipped. The static pools and the reactive rules run at the fi
 
 import argparse
 import csv
+import re
 import time
 from pathlib import Path
 
@@ -28,14 +29,11 @@ LIMITS = EngineLimits(max_num_seqs=64, max_num_batched_tokens=2048, num_gpu_bloc
 SLOS = {"conv": Slo(ttft_s=3.0, tpot_s=0.15), "code": Slo(ttft_s=5.0), "both": Slo(ttft_s=5.0)}
 PEAKS_RPS = {"conv": 16.0, "code": 5.0, "both": 12.0}
 INTERVAL_S = 30.0
-STATIC = [f"static:count={count}" for count in (3, 4, 5, 6, 8, 9, 10, 11, 12, 14)]
-REPLAYS = ((0.85, 0.99), (0.95, 0.99), (0.7, 0.99), (0.85, 0.95), (0.7, 0.95))
-SWEPT = [
-    *(f"replay:quantile={q},target={target}" for q, target in REPLAYS),
-    *(f"hpa-rps:target={target}" for target in (1.4, 1.7, 2.0, 2.3, 2.6)),
-]
+STATIC = {"conv": (4, 5, 6, 7, 8, 9, 10, 11), "code": (4, 6, 8, 10, 12, 14, 16), "both": (5, 6, 7, 8, 9, 10, 12)}
+REPLAYS = ["replay", "replay:target=0.998", "replay:target=0.97"]
+HPA_RPS = {"conv": (1.4, 1.7, 2.0, 2.3, 2.6), "code": (0.2, 0.3, 0.45, 0.7), "both": (0.8, 1.1, 1.4, 1.7, 2.0)}
 OTHERS = [
-    *(f"hpa-kv:target={target}" for target in (0.15, 0.25)),
+    *(f"hpa-kv:target={target}" for target in (0.1, 0.15, 0.25)),
     *(f"hpa-queue:target={target}" for target in (0.25, 1.0)),
     "relief:ttft_s=3,quantile=0.99,waits=1,remove_below=0.4", "relief:ttft_s=1.5,quantile=0.99,waits=1,remove_below=0.5",
     "preempt", "preempt:threshold_s=40,per_request=0,waits=1,remove_below_s=20",
@@ -82,7 +80,7 @@ def main() -> None:
     parser.add_argument("--cold", default="120,30,0,300")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--days", type=int, default=2)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default=".*", help="a regular expression of controllers")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -99,12 +97,15 @@ def main() -> None:
             kind = Kind(profile="a30-qwen2-7b", limits=LIMITS, most=20, cold_start_s=float(cold))
             names = [
                 *(f"optimum:allowed={allowed}" for allowed in ALLOWED),
-                *SWEPT,
-                *((*OTHERS, *STATIC) if number == 0 else ()),
+                *REPLAYS,
+                *(f"hpa-rps:target={target}" for target in HPA_RPS[workload]),
+                *((*OTHERS, *(f"static:count={count}" for count in STATIC[workload])) if number == 0 else ()),
             ]
             needed = None
             for name in names:
-                if (workload, str(arguments.seed), kind.cold_start_s, name) in known or arguments.only not in name:
+                if (workload, str(arguments.seed), kind.cold_start_s, name) in known or not re.fullmatch(
+                    arguments.only, name
+                ):
                     continue
                 if needed is None:
                     needed = optimum(traffic, kind, SLOS[workload], 0.01).needed

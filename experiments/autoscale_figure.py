@@ -1,4 +1,5 @@
-"""Misses against GPU hours from autoscale-days.csv: a figure, and each baseline's misses at the GPU hours of `replay`.
+"""Misses against GPU hours from autoscale-days.csv: a figure, a table of means over the seeds, and for every seed each
+baseline's misses at the GPU hours of `replay`.
 
 usage: autoscale_figure.py [--results FOLDER]
 """
@@ -13,25 +14,49 @@ import numpy as np
 from autoscale_report import HERE
 
 Curve = list[tuple[float, float]]
-FLOOR_PERCENT = 0.001
+FLOOR_PERCENT, DRAWN_COLD_S = 0.001, 120.0
 COLORS = {
     "replay": "C3", "optimum": "black", "static": "C7", "hpa-rps": "C0", "hpa-kv": "C2", "hpa-queue": "C4", "relief": "C1",
     "preempt": "C5",
 }  # fmt: skip
 
 
-def curves(rows: list[dict[str, str]]) -> dict[tuple[str, float], dict[str, Curve]]:
-    """(workload, cold start) -> controller -> (GPU hours a day, missed percent), ascending hours. Static pools count everywhere."""
-    found: dict[tuple[str, float], dict[str, Curve]] = defaultdict(lambda: defaultdict(list))
-    settings = {(row["workload"], float(row["cold_start_s"])) for row in rows}
+def curves(rows: list[dict[str, str]]) -> dict[tuple[str, float, str], dict[str, Curve]]:
+    """(workload, cold start, seed) -> controller -> (GPU hours a day, missed percent), ascending hours. Static pools count at
+    every cold start."""
+    found: dict[tuple[str, float, str], dict[str, Curve]] = defaultdict(lambda: defaultdict(list))
+    settings = {(row["workload"], float(row["cold_start_s"]), row["seed"]) for row in rows}
     for row in rows:
         family = row["controller"].partition(":")[0]
         point = float(row["gpu_hours_day"]), max(float(row["missed_percent"]), FLOOR_PERCENT)
-        for workload, cold_s in settings:
+        for workload, cold_s, seed in settings:
             same_cold = float(row["cold_start_s"]) == cold_s or family == "static"
-            if row["workload"] == workload and same_cold:
-                found[workload, cold_s][family].append(point)
+            if (row["workload"], row["seed"]) == (workload, seed) and same_cold:
+                found[workload, cold_s, seed][family].append(point)
     return {key: {family: sorted(points) for family, points in of.items()} for key, of in found.items()}
+
+
+def means(rows: list[dict[str, str]]) -> None:
+    """A line for every workload, cold start and controller: seeds, misses (mean, least, most), GPU hours, actions."""
+    groups: dict[tuple[str, float, str], list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        groups[row["workload"], float(row["cold_start_s"]), row["controller"]].append(row)
+    print(
+        "| workload | cold start | controller | seeds | misses | GPU h | TTFT P99 | actions | over / under |\n|"
+        + "---|" * 9
+    )
+    for (workload, cold_s, controller), of in sorted(groups.items()):
+        missed = [float(row["missed_percent"]) for row in of]
+
+        def mean(field: str, of: list[dict[str, str]] = of) -> str:
+            known = [float(row[field]) for row in of if row[field]]
+            return f"{np.mean(known):.4g}" if known else ""
+
+        print(
+            f"| {workload} | {cold_s:g} s | `{controller}` | {','.join(row['seed'] for row in of)} "
+            f"| {np.mean(missed):.3g} ({min(missed):.2g}-{max(missed):.2g}) % | {mean('gpu_hours_day')} | {mean('ttft_s_p99')} s "
+            f"| {mean('actions_day')} | {mean('over_percent')} / {mean('under_percent')} % |"
+        )
 
 
 def at_hours(points: Curve, hours: float) -> float | None:
@@ -58,11 +83,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     folder = parser.parse_args().results
     with (folder / "autoscale-days.csv").open() as file:
-        found = curves(list(csv.DictReader(file)))
-    panels = sorted(found)
+        rows = list(csv.DictReader(file))
+    found = curves(rows)
+    means(rows)
+    for key in sorted(found):
+        report(*key, found[key])
+    panels = [key for key in sorted(found) if key[1] == DRAWN_COLD_S and "replay" in found[key]]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), squeeze=False)
-    for (workload, cold_s), axis in zip(panels, axes[0], strict=True):
-        for family, points in sorted(found[workload, cold_s].items()):
+    for (workload, cold_s, seed), axis in zip(panels, axes[0], strict=True):
+        for family, points in sorted(found[workload, cold_s, seed].items()):
             style = {"replay": "o-", "optimum": "*--", "static": "s:"}.get(family, ".-")
             axis.plot(
                 *zip(*points, strict=True),
@@ -74,18 +103,17 @@ def main() -> None:
         axis.set(
             yscale="log",
             ylim=(0.005, 20),
-            xlim=(60, 300),
+            xlim=(60, 400),
             xlabel="GPU hours a day",
             ylabel="requests that miss the SLO [%]",
         )
-        axis.set_title(f"{workload}, cold start {cold_s:g} s")
-        report(workload, cold_s, found[workload, cold_s])
+        axis.set_title(f"{workload}, cold start {cold_s:g} s, seed {seed}")
         axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(folder / "autoscale-days.png", dpi=90)
 
 
-def report(workload: str, cold_s: float, of: dict[str, Curve]) -> None:
+def report(workload: str, cold_s: float, seed: str, of: dict[str, Curve]) -> None:
     """For each setting of `replay`: the misses of everything else at its GPU hours, its distance from the optimum."""
     for hours, missed in of.get("replay", []):
         others = {
@@ -95,7 +123,8 @@ def report(workload: str, cold_s: float, of: dict[str, Curve]) -> None:
         best = at_missed(of["optimum"], missed) if "optimum" in of else None
         above = "" if best is None else f"; {hours / best - 1:+.0%} above the optimum's {best:.1f} h at as many misses"
         print(
-            f"{workload}, {cold_s:g} s: replay {hours:.1f} h/day misses {missed:.3g} %; at as many hours {beside or '-'}{above}"
+            f"{workload}, {cold_s:g} s, seed {seed}: replay {hours:.1f} h/day misses {missed:.3g} %; "
+            f"at as many hours {beside or '-'}{above}"
         )
 
 

@@ -88,7 +88,7 @@ def test_every_controller_can_be_made_by_name_and_has_a_guard() -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [("magic", UnknownNameError), ("static:n=2", ConfigError), ("static:count=two", ConfigError),
-     ("preempt:threshold_s=-1", ConfigError), ("replay:quantile=2.0", ConfigError), ("hpa-kv:target=0", ConfigError)],
+     ("preempt:threshold_s=-1", ConfigError), ("replay:target=2.0", ConfigError), ("hpa-kv:target=0", ConfigError)],
 )  # fmt: skip
 def test_a_wrong_word_is_refused_in_one_sentence(text: str, error: type[Exception]) -> None:
     with pytest.raises(error):

@@ -1,6 +1,9 @@
 """The loop under every fault of its actuator, its controller and its observations."""
 
 import asyncio
+import math
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -208,6 +211,81 @@ async def test_of_two_autoscalers_one_acts_and_the_other_takes_over(
     await turns(keepers[1], 2)
     assert len(actuators[1].there) == 3
     await keepers[1].close()
+
+
+async def test_a_holder_that_is_stopped_keeps_the_lock_and_one_that_is_killed_lets_it_go(tmp_path: Path) -> None:
+    program = (
+        "import asyncio, pathlib, sys, time; from block.autoscale.live.lock import FileLock\n"
+        "lock = FileLock(pathlib.Path(sys.argv[1])); print(asyncio.run(lock.held()), flush=True); time.sleep(60)"
+    )
+    holder = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, str(tmp_path / "lock"), stdout=asyncio.subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    assert await holder.stdout.readline() == b"True\n"
+    lock = FileLock(tmp_path / "lock")
+    holder.send_signal(signal.SIGSTOP)
+    assert not await lock.held(), "two must never act; the alert BlockAutoscaleNoLeader tells of it"
+    holder.kill()
+    await holder.wait()
+    assert await lock.held()
+    await lock.release()
+
+
+class RunsOut:
+    """A lock that says it is held, but whose time ran out while this process was stopped."""
+
+    def __init__(self) -> None:
+        self.sure_until_s = math.inf
+
+    async def held(self) -> bool:
+        return True
+
+    async def release(self) -> None:
+        return
+
+
+async def test_one_whose_lease_ran_out_while_it_was_stopped_does_not_act(session: Any, gateways: Any) -> None:
+    actuator, lock = FakeActuator(), RunsOut()
+    actuator.slow_s = 30.0
+    keeper = keeper_of(session, await gateways(), actuator, Says(3), lock=lock, act_within_s=60.0)
+    assert (await turns(keeper, 1))[0].action == "ordered"
+    order = keeper._act
+    lock.sure_until_s = 0.0
+    assert (await turns(keeper, 2))[-1].action == "standby"
+    assert order is not None
+    assert order.cancelled(), "the order under way is given up"
+    await keeper.close()
+
+
+async def test_a_dry_run_leaves_the_lock_to_those_who_act(session: Any, gateways: Any, tmp_path: Path) -> None:
+    fakes, actuator = await gateways(), FakeActuator()
+    trial = keeper_of(session, fakes, FakeActuator(), Says(3), lock=FileLock(tmp_path / "lock"), dry_run=True)
+    acts = keeper_of(session, fakes, actuator, Says(3), lock=FileLock(tmp_path / "lock"))
+    await turns(trial, 2)
+    assert not trial._membership.leads, "nor does it touch the gateways"
+    assert (await turns(acts, 2))[0].action == "ordered"
+    await trial.close()
+    await acts.close()
+
+
+@pytest.mark.parametrize("jump_s", [-7200.0, 7200.0])
+async def test_a_clock_that_is_set_changes_nothing(
+    session: Any, gateways: Any, monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    actuator, says = FakeActuator(), Says(4)
+    keeper = keeper_of(session, await gateways(), actuator, says, settle_s=1.0)
+    await turns(keeper, 2)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+    says.want = 1
+    assert (await turns(keeper, 1))[-1].want == {"gpu": 4}, "fewer were not asked for long enough"
+    await asyncio.sleep(1.1)
+    assert (await turns(keeper, 1))[-1].want == {"gpu": 1}, "and now they were"
+    ends_s = [seen.at_s for seen in says.seen]
+    assert ends_s == sorted(ends_s)
+    assert ends_s[-1] - ends_s[0] < 60.0
+    await keeper.close()
 
 
 async def test_two_autoscalers_without_a_lock_give_the_same_orders_and_do_not_flap(session: Any, gateways: Any) -> None:

@@ -68,8 +68,9 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     ``predicted_e2e_s``: the largest, over the interval's decisions, of the chosen (best) instance's predicted E2E.
     ``predicted_ttft_s``: likewise. ``queued``: waiting in engines and gateways now. ``kv_used``: mean fraction in [0, 1].
     ``blind``: names of the sources that did not answer. ``arrived``: how many requests came, where ``arrivals`` is only a
-    sample of them or was dropped (`controllers.window.Window`); ``None``: as many as ``arrivals``. ``slow_e2e_s``: the
-    largest predicted E2Es of the interval's decisions, at most 64, for the rule that counts requests.
+    sample of them or was dropped (`controllers.window.Window`); ``None``: as many as ``arrivals``. ``tokens``: the prompt and
+    the output tokens of all that came, where ``arrivals`` was dropped. ``slow_e2e_s``: the largest predicted E2Es of the
+    interval's decisions, at most 64, for the rule that counts requests.
     """
 
     at_s: float
@@ -83,6 +84,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     kv_used: float | None = None
     blind: tuple[str, ...] = ()
     arrived: int | None = None
+    tokens: tuple[int, int] | None = None
     slow_e2e_s: tuple[float, ...] = ()
 
     @property

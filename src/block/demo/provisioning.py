@@ -29,7 +29,7 @@ MOST: Final = 6
 TTFT_S: Final = 1.0
 PEAK_RPS: Final = 12.0
 SECONDS: Final = 90.0
-CONTROLLER: Final = "replay:recent_s=20,level_s=5,beyond_s=6,renew_s=5"
+CONTROLLER: Final = "replay:recent_s=20,level_s=5,base_s=20,beyond_s=5,renew_s=5"
 """The defaults look minutes back and ahead; a day passes in a minute and a half here."""
 LOW: Final = 0.1
 """The quiet rate over the peak rate."""

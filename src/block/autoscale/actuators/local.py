@@ -17,7 +17,6 @@ import os
 import secrets
 import socket
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from time import monotonic
@@ -28,6 +27,7 @@ import msgspec
 
 from block.autoscale.actuators.child import Child
 from block.autoscale.actuators.surroundings import Surroundings
+from block.autoscale.steady import now_s
 from block.autoscale.terms import Kind, Member, Phase
 from block.errors import ActuatorError, ConfigError
 from block.gateway.config import InstanceConfig
@@ -82,7 +82,7 @@ class _Instance:
 
     def __init__(self, name: str, kind: Kind, slot: int, port: int, predictor_port: int) -> None:
         self.name, self.kind, self.slot, self.port, self.predictor_port = name, kind, slot, port, predictor_port
-        self.ordered_s = time.time()
+        self.ordered_s = now_s()
         self.phase, self.since_s = Phase.STARTING, self.ordered_s
         self.leaving = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
@@ -90,7 +90,7 @@ class _Instance:
         self.has_predictor = False
 
     def enter(self, phase: Phase) -> None:
-        self.phase, self.since_s = phase, time.time()
+        self.phase, self.since_s = phase, now_s()
 
     @property
     def alive(self) -> bool:

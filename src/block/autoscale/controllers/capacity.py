@@ -1,37 +1,78 @@
-"""What rate can these instances bear, for the traffic as it is? By replaying recent arrivals faster and slower."""
+"""How many requests miss the SLO on these instances under so much load, for the traffic as it is? By replaying recent arrivals
+faster and slower.
+
+As many of the replayed arrivals come in every ``level_s``, with their bunches inside of it: what rises and falls more slowly
+is the forecast's to tell, and would be counted twice if it were in here too.
+"""
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from block.autoscale.controllers.mixes import Counts
-from block.autoscale.controllers.stage import Arrivals, Recent, Stage
+from block.autoscale.controllers.stage import Arrivals, Floats, Recent, Stage
+from block.autoscale.controllers.work import Work
 from block.autoscale.terms import Observation
 
-PER_INSTANCE = 1_000
-LEAST_REQUESTS, MOST_REQUESTS = 2_000, 24_000
+PER_INSTANCE = 2_000
+LEAST_REQUESTS, MOST_REQUESTS = 6_000, 24_000
 """Requests of one replay: so many an instance, within these bounds. A short one flatters: an overload first fills batches."""
 WARM_FRACTION = 0.3
 """The part of a replay, which starts from idle engines, that is not judged."""
 TRIED_MOST = 5
 """More instances than that of one kind are said to bear as much each as so many do (they bear a little more)."""
-GRID = 1.03
-"""Capacities are found to 3 %."""
-LOWEST_RPS, HIGHEST_RPS = 1e-3, 1e4
-"""What an instance may bear: the search ends there."""
+GRID = 1.1
+"""Loads that are tried stand in this ratio; between two of them the missed fraction is interpolated."""
+FINE, OVERLOADED = 0.0005, 0.9
+"""Below and beyond these missed fractions no further load is tried."""
+LEAST_LOAD, MOST_LOAD = 0.01, 20.0
+"""Seconds of work a second and instance between which loads are tried."""
+
+
+class Curve(NamedTuple):
+    """(loads,) seconds of work a second, ascending, and the fraction of requests that miss the SLO under each, rising."""
+
+    load: Floats
+    missed: Floats
+
+    def at(self, load: Floats) -> Floats:
+        """Missed fractions under other loads: interpolated; beyond the last all miss."""
+        log = np.log(np.maximum(load, 1e-9))
+        return np.interp(log, np.log(self.load), self.missed, right=1.0)
+
+    def bears(self, allowed: float) -> float:
+        """The highest load under which at most ``allowed`` miss; 0: none of those tried."""
+        if self.missed[0] > allowed:
+            return 0.0
+        return float(np.exp(np.interp(allowed, self.missed + 1e-9 * np.arange(len(self.load)), np.log(self.load))))
+
+
+NONE = Curve(np.array([LEAST_LOAD]), np.ones(1))
+"""No instance: all miss."""
 
 
 class Capacities:
-    """Remembers the capacity of every candidate until it is due again. The clock is the observations', and what is replayed ends
+    """Remembers the curve of every candidate until it is due again. The clock is the observations', and what is replayed ends
     where that clock passed a multiple of ``renew_s``, so that two controllers with the same window find the same."""
 
-    def __init__(self, stage: Stage, allowed: float, recent_s: float, renew_s: float) -> None:
-        self._stage, self._recent_s, self._renew_s = stage, recent_s, renew_s
+    def __init__(
+        self, stage: Stage, work: Work, allowed: float, *, recent_s: float, renew_s: float, level_s: float
+    ) -> None:  # fmt: skip
+        self._stage, self._work = stage, work
+        self._recent_s, self._renew_s, self._level_s = recent_s, renew_s, level_s
         self.allowed = self._least_allowed = allowed
         self._recent = Recent()
         self._arrivals: Arrivals | None = None
         self._due: float | None = None
-        self._known: dict[tuple[int, ...], float] = {}
-        self._guess_rps = 1.0  # what one instance bore last: where the search begins
+        self._known: dict[tuple[int, ...], Curve] = {}
+        self._tried: dict[tuple[int, ...], Curve] = {}  # by counts and part: loads an instance
+        self.each_s = 1.0
+        """Mean work of a recent request, in seconds."""
+        self.alone = 0.0
+        """The fraction that would miss even on idle instances."""
+        self._guess = 0  # the power of GRID from which on the instances of the last candidate were overloaded
 
     def renew(self, window: Sequence[Observation]) -> bool:
         """Take in a window; whether there is anything to replay."""
@@ -50,52 +91,58 @@ class Capacities:
             return False
         # The first bucket is short: it is taken again with every observation until it is whole.
         whole = bool(before) and before[-1].at_s - before[0].at_s > 0.2 * self._recent_s
+        self.each_s = float(self._work.of(arrivals.prompts, arrivals.outputs).mean())
+        arrivals = arrivals.even(self._level_s)
         self._arrivals, self._due, self._known = arrivals, due if whole else None, {}
+        self._tried = {}
         # Requests that miss the SLO even on idle instances (long prompts) are no reason for more of them.
-        alone = self._missed(self._stage.one_of_each(), arrivals, LOWEST_RPS)
-        self.allowed = 1 - (1 - self._least_allowed) * (1 - alone)
+        self.alone = self._missed(self._stage.one_of_each(), arrivals, LEAST_LOAD / self.each_s)
+        self.allowed = 1 - (1 - self._least_allowed) * (1 - self.alone)
         return True
 
-    def of(self, want: Counts) -> float:
-        """The highest rate that ``want`` bears, in requests/s."""
+    def of(self, want: Counts) -> Curve:
+        """What ``want`` instances would miss under every load."""
         count = sum(want.values())
         if count == 0 or self._arrivals is None:
-            return 0.0
+            return NONE
         key = tuple(want.values())
         if key not in self._known:
             self._known[key] = self._by_parts(want, count)
         return self._known[key]
 
-    def _by_parts(self, want: Counts, count: int) -> float:
+    def _by_parts(self, want: Counts, count: int) -> Curve:
         """Of many instances of one kind a few are tried, with their share of the requests (every so-manieth)."""
         assert self._arrivals is not None
-        share = 1.0
+        tried, part = count, 1
         if count > TRIED_MOST and count in want.values():
-            share = TRIED_MOST / count
+            tried, part = TRIED_MOST, round(count / TRIED_MOST)
             want = {name: TRIED_MOST if number else 0 for name, number in want.items()}
-        rate_rps = self._find(want, self._arrivals.share(share), self._guess_rps * share * count)
-        self._guess_rps = max(rate_rps / (share * count), LOWEST_RPS)
-        return rate_rps / share
+        key = *want.values(), part
+        if key not in self._tried:
+            powers, missed = self._walk(want, tried, self._arrivals.share(1 / part))
+            self._tried[key] = Curve(GRID ** np.array(powers, dtype=float), np.maximum.accumulate(missed))
+        each = self._tried[key]
+        return Curve(count * each.load, each.missed)
 
-    def _find(self, want: Counts, arrivals: Arrivals, guess_rps: float) -> float:
-        """The highest power of ``GRID`` that is borne: the same whatever the guess, as far as more is always harder."""
-        count = sum(want.values())
-        lowest, highest = _power(LOWEST_RPS * count), _power(HIGHEST_RPS * count)
-        low: int | None = None
-        high: int | None = None
-        power, step = _power(guess_rps), 2
-        while low is None or high is None or high - low > 1:
-            if self._missed(want, arrivals, GRID**power) <= self.allowed:
-                low = power
-            else:
-                high = power
-            if low is not None and high is not None:
-                power = (low + high) // 2
-                continue
-            power, step = (power + step if high is None else power - step), min(2 * step, 64)
-            if not lowest < power < highest:
-                break
-        return 0.0 if low is None else float(GRID**low)
+    def _walk(self, want: Counts, count: int, arrivals: Arrivals) -> tuple[list[int], list[float]]:
+        """Up from the guess until they are overloaded, down until hardly any miss: powers of ``GRID`` an instance, missed."""
+
+        def missed(power: int) -> float:
+            return self._missed(want, arrivals, count * GRID**power / self.each_s)
+
+        found = {self._guess: missed(self._guess)}
+        lowest, highest = _power(LEAST_LOAD), _power(MOST_LOAD)
+        power = self._guess
+        while found[power] < OVERLOADED and power < highest:
+            power += 1
+            found[power] = missed(power)
+        top, power = power, self._guess
+        while found[power] > self.alone + FINE and power > lowest:
+            power -= 1
+            found[power] = missed(power)
+        self._guess = next(power for power in sorted(found) if found[power] >= 0.5 or power == top)
+        powers = sorted(found)
+        return powers, [found[power] for power in powers]
 
     def _missed(self, want: Counts, arrivals: Arrivals, rate_rps: float) -> float:
         requests = min(max(PER_INSTANCE * sum(want.values()), LEAST_REQUESTS), MOST_REQUESTS)
@@ -103,8 +150,8 @@ class Capacities:
         return self._stage.missed_afresh(want, stream, WARM_FRACTION * stream.span_s)
 
 
-def _power(rate_rps: float) -> int:
-    return round(math.log(rate_rps) / math.log(GRID))
+def _power(load: float) -> int:
+    return round(math.log(load) / math.log(GRID))
 
 
 def _intervals(window: Sequence[Observation], span_s: float) -> int:

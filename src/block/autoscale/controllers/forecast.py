@@ -1,11 +1,13 @@
-"""How many requests a second to be ready for: level, trend, season, and a quantile of the forecasts' own past errors.
+"""How much work may come: what came next, whenever the past looked like now.
 
-The question is always the same: what is the mean rate over ``mean_s`` seconds, begun at some moment between ``from_s`` and
-``to_s`` from now, at its highest? Simple answers are made for now and for every past moment of the window: the level of
-``level_s`` stays, that of ``mean_s`` does, the trend goes on, it goes as one period before. The one with the smallest past
-error (pinball loss at the quantile) is believed, and is multiplied by the ``quantile`` of actual / answer in the past, so
-that the share of times it falls short is known whatever the traffic (the idea of conformal prediction). With
-too little past, a fixed allowance is used instead.
+The window answers by its own past (an analog forecast). Every past moment is described by how far its level (the mean rate of
+work over a minute) stood from its base (the mean over an hour), and by how restless that hour was; the ``NEAR`` moments most
+like now are taken, and the minutes that came after each, relative to its base, are what may come now. Nothing is assumed of
+the traffic: bursts that end, bunches that nobody can follow, and a quiet service are told apart by what they did. Minutes
+count by the work in them, as a request is as likely to meet a busy minute as there are many in it.
+
+Where the window holds a period (a day), the same is done relative to the base times the rise one period before; the answer that was
+the less wrong for these moments (pinball loss) is believed.
 """
 
 from collections.abc import Sequence
@@ -14,124 +16,145 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from block.autoscale.controllers.window import interval_s
+from block.autoscale.controllers.work import Brought, Work
 from block.autoscale.terms import Observation
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 PAST_LEAST = 20
-"""Past answers needed to judge a forecast by."""
-PAST_MOST = 6000
-SIMILAR, SIMILAR_LEAST = 1.5, 200
-"""Past answers within this factor of the newest are alike; so many of them are enough."""
+"""Past moments needed to answer by."""
+PAST_PART, NEAR = 7, 400
+"""Of the past moments one in so many is taken for alike, at most ``NEAR``."""
+CALMEST = 0.02
+"""Hours calmer than this (root mean square of level / base - 1) are equally calm."""
 ALLOWANCE = 1.25
-"""Multiplies the answer while there is no past to judge it by."""
+"""Multiplies the level while there is no past to answer by."""
+EACH_PART = 0.25
+"""What a request brings is a mean over this part of ``base_s``."""
+RISE_MOST, SMOOTH = 20.0, 10
+JUDGED_PART = 0.05
+"""Answers are compared by the rate above which this part of the work came."""
 
 
 class Forecast(NamedTuple):
-    """``peak_rps``: the rate to be ready for; ``mean_rps``: the recent level; ``by``: which answer; ``safety``: its factor."""
+    """Rates are in seconds of work a second. ``rates``: (n,) of minutes that may come, ``weights``: (n,) of each, adding up to 1.
+    ``level``: that of the last minute; ``base``: of the last hour; ``by``: "past", "season" or, too early for both, "level"."""
 
-    peak_rps: float
-    mean_rps: float
+    rates: Floats
+    weights: Floats
+    level: float
+    base: float
     by: str
-    safety: float
 
-
-def rates(window: Sequence[Observation], step_s: float) -> Floats:
-    """Requests a second in each observation's interval; a blind interval repeats the one before."""
-    counts = np.array([np.nan if seen.blind else seen.count for seen in window], dtype=float)
-    known = np.flatnonzero(np.isfinite(counts))
-    if len(known) == 0:
-        return np.zeros(len(counts))
-    filled = np.maximum.accumulate(np.where(np.isfinite(counts), np.arange(len(counts)), known[0]))
-    return np.asarray(counts[filled] / step_s)
+    def exceeded_by(self, part: float) -> float:
+        """The rate above which no more than this part of the work comes."""
+        return exceeded_by(self.rates, self.weights, part)
 
 
 class Forecaster:
-    """Makes forecasts from windows. The errors of the past are looked at anew whenever the observations' clock passes a multiple
-    of ``renew_s``; the answers are always those of now. ``level_s``: the quick level's span."""
+    """Makes forecasts from windows. ``level_s``: rates are means over so long; ``base_s``: and are told relative to a mean over
+    so long; ``period_s``: the season's length."""
 
     def __init__(
-        self, *, level_s: float = 60.0, mean_s: float = 300.0, trend_s: float = 900.0, period_s: float = 86_400.0,
-        renew_s: float = 600.0,
-    ) -> None:  # fmt: skip
-        self._level_s, self._mean_s, self._trend_s = level_s, mean_s, trend_s
-        self._period_s, self._renew_s = period_s, renew_s
-        self._due: float | None = None
-        self._scored: dict[tuple[float, float, float], Scores] = {}
+        self, work: Work, *, level_s: float = 60.0, base_s: float = 3600.0, period_s: float = 86_400.0
+    ) -> None:
+        self._brought, self._base_s, self._period_s = Brought(work), base_s, period_s
+        self.step_s = level_s / 2
 
-    def tell(self, window: Sequence[Observation], from_s: float, to_s: float, quantile: float) -> Forecast:
-        """The highest mean over ``mean_s`` that begins between ``from_s`` and ``to_s`` seconds from now (0 <= from_s <= to_s)."""
-        step_s = interval_s(window)
-        mean = max(round(self._mean_s / step_s), 1)
-        spans = Spans(
-            max(round(self._level_s / step_s), 1), mean, max(round(self._trend_s / step_s), 1),
-            max(round(self._period_s / step_s), 1), round(from_s / step_s) + mean, round(to_s / step_s) + mean,
-        )  # fmt: skip
-        scores = self._scores(window, spans, (from_s, to_s, quantile))
-        answers = _answers(rates(window[-(spans.mean + spans.trend) - 1 :], step_s), spans)
-        now = {by: float(answer[-1]) for by, answer in answers.items()}
-        then = len(window) - 1 - spans.period
-        if "season" in scores and then >= 0:
-            past = rates(window[max(then - spans.mean, 0) : then + spans.last + 1], step_s)
-            past = moving_mean(past, spans.mean)[-(spans.last + 1) :]
-            now["season"] = now["mean"] * _rise(past[0], past[spans.first :].max())
-        usable = {by: score for by, score in scores.items() if by in now}
-        if not usable:
-            return Forecast(max(now["trend"], now["level"]) * ALLOWANCE, now["level"], "trend", ALLOWANCE)
-        by = min(usable, key=lambda name: usable[name][1])
-        return Forecast(now[by] * usable[by][0], now["level"], by, usable[by][0])
+    def course(self, window: Sequence[Observation]) -> "Course":
+        """The window's work on an even grid that ends now, once for all questions of a decision."""
+        at_s, requests, brought = self._brought.of(window)
+        come, work = on_grid(at_s, requests, self.step_s), on_grid(at_s, brought, self.step_s)
+        # How long requests are wanders about its mean from minute to minute, however many there are: a rush of short ones is one
+        # of usual ones soon. So requests are counted by the minute, and what each brings is a mean over longer.
+        width = max(round(self._base_s * EACH_PART / self.step_s), 2)
+        rates = come * moving_mean(work, width) / np.maximum(moving_mean(come, width), 1e-9)
+        level, base = moving_mean(rates, 2), moving_mean(rates, max(round(self._base_s / self.step_s), 2))
+        base = np.maximum(base, 1e-9)
+        away = level / base
+        restless = np.sqrt(moving_mean((away - 1) ** 2, max(round(self._base_s / self.step_s), 2)))
+        period = round(self._period_s / self.step_s)
+        return Course(rates, level, base, np.log(np.maximum(away, 1e-3)), np.log(restless + CALMEST), period)
 
-    def _scores(self, window: Sequence[Observation], spans: "Spans", key: tuple[float, float, float]) -> "Scores":
-        due = window[-1].at_s // self._renew_s
-        if due != self._due:
-            self._due, self._scored = due, {}
-        if key not in self._scored:
-            until_s, upto = due * self._renew_s, len(window)
-            while upto > 1 and window[upto - 1].at_s > until_s:
-                upto -= 1
-            past = window[:upto] if upto > spans.last + 2 * PAST_LEAST else window  # the very first ones: all there is
-            scores = _scored(rates(past[-PAST_MOST:], interval_s(window)), spans, key[2])
-            if past is window:
-                return scores
-            self._scored[key] = scores
-        return self._scored[key]
+    def tell(self, course: "Course", from_s: float, to_s: float) -> Forecast:
+        """The minutes that may begin between ``from_s`` and ``to_s`` from now (0 <= from_s <= to_s)."""
+        first, last = round(from_s / self.step_s), round(to_s / self.step_s)
+        leads = np.arange(first, last + 1) + 2  # a mean over two steps is known at its end
+        now, level, base = len(course.level) - 1, float(course.level[-1]), float(course.base[-1])
+        count = now + 1 - leads[-1]  # moments whose future is known
+        if count < PAST_LEAST:
+            return Forecast(np.array([level * ALLOWANCE]), np.ones(1), level, base, "level")
+        alike = course.alike(count)
+        flat = np.ones((1, len(leads)))
+        answers = {"past": (alike, course.base[alike][:, None] * flat, base * flat)}
+        if (seasoned := alike[alike >= course.period]).size >= PAST_LEAST:
+            answers["season"] = seasoned, course.risen(seasoned, leads), course.risen(np.array([now]), leads)
+        told: list[tuple[float, Floats, Floats, str]] = []
+        for by, (moments, answer, here) in answers.items():
+            actual = course.level[moments[:, None] + leads]
+            ratios = actual / answer
+            loss = _loss(actual, answer * exceeded_by(ratios, actual, JUDGED_PART), JUDGED_PART)
+            told.append((loss, (ratios * here).ravel(), actual.ravel(), by))
+        _, rates, weights, by = min(told, key=lambda one: one[0])
+        return Forecast(rates, weights / max(weights.sum(), 1e-12), level, base, by)
 
 
-class Spans(NamedTuple):
-    """Lengths in intervals: of the quick level, of a mean, a trend, a period; the first and last end of the mean asked about."""
+class Course(NamedTuple):
+    """(steps,) arrays that end now: the rate of work, its mean over a minute and over an hour, how far the one is from the other
+    (logarithm), how restless the hour was (logarithm); and the period in steps."""
 
-    level: int
-    mean: int
-    trend: int
+    rates: Floats
+    level: Floats
+    base: Floats
+    away: Floats
+    restless: Floats
     period: int
-    first: int
-    last: int
+
+    def alike(self, count: int) -> Ints:
+        """Of the first ``count`` moments those most like now, ascending."""
+        near = min(max(count // PAST_PART, PAST_LEAST), NEAR)
+        distance = np.abs(self.away[:count] - self.away[-1]) + np.abs(self.restless[:count] - self.restless[-1])
+        return np.sort(np.argpartition(distance, near - 1)[:near])
+
+    def risen(self, moments: Ints, leads: Ints) -> Floats:
+        """(moments, leads): the base times how the rate (over ``SMOOTH`` steps around) rose above it one period before."""
+        smooth = moving_mean(self.rates, SMOOTH)
+        then = moments - self.period
+        rise = smooth[np.minimum(then[:, None] + leads + SMOOTH // 2, len(smooth) - 1)] / self.base[then][:, None]
+        return np.asarray(self.base[moments][:, None] * np.clip(rise, 1 / RISE_MOST, RISE_MOST))
 
 
-Scores = dict[str, tuple[float, float]]
-"""By answer: the factor that it needs, and its past loss with it."""
+def exceeded_by(ratios: Floats, weights: Floats, part: float) -> float:
+    """The ratio above which no more than this part of the weights lies."""
+    order = np.argsort(ratios, axis=None)[::-1]
+    above = np.cumsum(weights.ravel()[order])
+    place = int(np.searchsorted(above, part * above[-1], side="right"))
+    return float(ratios.ravel()[order[min(place, len(order) - 1)]])
 
 
-def _scored(rps: Floats, spans: Spans, quantile: float) -> Scores:
-    """How good each answer was at every past moment; empty: too few to say."""
-    mean = moving_mean(rps, spans.mean)
-    actual = _highest_ahead(mean, spans)
-    if len(actual) < PAST_LEAST:
-        return {}
-    answers = _answers(rps, spans)
-    season = _season(mean, spans)
-    if season is not None:
-        answers["season"] = season
-    return {by: _safety(answer, actual, quantile) for by, answer in answers.items()}
+def _loss(actual: Floats, said: Floats, part: float) -> float:
+    """Pinball loss of an answer that should be exceeded in this part of the cases."""
+    over = actual - said
+    return float(np.mean(np.maximum((1 - part) * over, -part * over)))
 
 
-def _answers(rps: Floats, spans: Spans) -> dict[str, Floats]:
-    """All but the season's, for every moment."""
-    level, mean = moving_mean(rps, spans.level), moving_mean(rps, spans.mean)
-    index = np.arange(len(rps))
-    slope = (mean - mean[np.maximum(index - spans.trend, 0)]) / np.maximum(np.minimum(index, spans.trend), 1)
-    trend = np.maximum(mean + np.maximum(slope * spans.first, slope * spans.last), 0.1 * mean)
-    return {"level": level, "mean": mean, "trend": trend}
+def on_grid(at_s: Floats, brought: Floats, step_s: float) -> Floats:
+    """(n,) ends of intervals and the work in each -> rates on steps of ``step_s`` that end with the newest observation.
+
+    An interval that nobody saw is taken to be like the one before.
+    """
+    spans_s = np.diff(at_s, prepend=at_s[0] - (at_s[1] - at_s[0] if len(at_s) > 1 else step_s))
+    spans_s = np.maximum(spans_s, 1e-6)
+    rates = brought / spans_s
+    known = np.flatnonzero(np.isfinite(rates))
+    if len(known) == 0:
+        return np.zeros(1)
+    filled = np.maximum.accumulate(np.where(np.isfinite(rates), np.arange(len(rates)), known[0]))
+    total = np.concatenate(([0.0], np.cumsum(rates[filled] * spans_s)))
+    ends_s = np.concatenate(([0.0], np.cumsum(spans_s)))
+    count = max(int(ends_s[-1] / step_s + 1e-6), 1)
+    grid_s = ends_s[-1] - step_s * np.arange(count, -1, -1)
+    return np.asarray(np.diff(np.interp(grid_s, ends_s, total)) / step_s)
 
 
 def moving_mean(values: Floats, width: int) -> Floats:
@@ -140,47 +163,3 @@ def moving_mean(values: Floats, width: int) -> Floats:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - width, 0)
     return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
-
-
-def _season(mean: Floats, spans: Spans) -> Floats | None:
-    """The mean times how it rose one period before; ``None``: the window holds no period and a past to judge by."""
-    if len(mean) < spans.period + spans.last + PAST_LEAST:
-        return None
-    highest = _highest_ahead(mean, spans)
-    rose = np.array([_rise(*pair) for pair in zip(mean[: len(highest)], highest, strict=True)])
-    out = np.full(len(mean), np.nan)
-    count = min(len(mean) - spans.period, len(rose))
-    out[spans.period : spans.period + count] = mean[spans.period : spans.period + count] * rose[:count]
-    return out
-
-
-def _rise(before_rps: float, after_rps: float) -> float:
-    return float(min(max(after_rps / max(before_rps, 1e-9), 0.05), 20.0))
-
-
-def _highest_ahead(mean: Floats, spans: Spans) -> Floats:
-    """For every moment that has them: the highest mean that ends ``first`` to ``last`` intervals later."""
-    if len(mean) <= spans.last:
-        return np.zeros(0)
-    ahead = np.lib.stride_tricks.sliding_window_view(mean[spans.first :], spans.last - spans.first + 1)
-    return np.asarray(ahead.max(axis=1))
-
-
-def _safety(answer: Floats, actual: Floats, quantile: float) -> tuple[float, float]:
-    """The factor that the newest answer needs to be high enough ``quantile`` of the time, and its loss with that factor.
-
-    ``answer`` goes on to now, ``actual`` only as far as it is known. Where there are enough of them only the past answers of
-    about the same rate count: a small rate is relatively noisier than a large one.
-    """
-    now = answer[-1]
-    answer = answer[: len(actual)]
-    known = np.isfinite(answer) & (answer > 0)
-    near = known & (answer > now / SIMILAR) & (answer < now * SIMILAR)
-    if near.sum() >= SIMILAR_LEAST:
-        known = near
-    if known.sum() < PAST_LEAST:
-        return ALLOWANCE, np.inf
-    said, was = answer[known], actual[known]
-    factor = float(np.clip(np.quantile(was / said, quantile), 0.5, 3.0))
-    over = was - said * factor
-    return factor, float(np.mean(np.maximum(quantile * over, (quantile - 1) * over)))

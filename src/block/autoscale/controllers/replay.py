@@ -1,14 +1,14 @@
-"""Ours: replay the last minutes of real arrivals through the engine model, with fewer and more instances, at the rate to come.
+"""Ours: replay the last minutes of real arrivals through the engine model, with fewer and more instances, for the work to come.
 
-Theory of operation. Of every decision:
+Theory of operation. Load is counted in work (`work`: seconds that tokens take), so that a change of the mix is one of load.
+Of every decision:
 
-1. *What can n instances bear?* The recent arrivals, bunches and lengths as they were, are squeezed or stretched in time until
-   the model of n instances just still meets the SLO for the target fraction of them: that rate is the capacity of n, for the
-   traffic as it is now. It is found by bisection, for the few n (or mixes of kinds) that come into question, anew every
-   ``renew_s`` seconds of the observations' clock.
-2. *What comes?* A forecast of the highest rate, over a minute, from one cold start from now on (`forecast`: level, trend or
-   season, raised by the quantile of its own past errors). Fewer instances must bear more than what makes more of them start: a
-   shortage is mended only a cold start later, a surplus at once.
+1. *What do n instances miss?* The recent arrivals, with lengths and bunches as they were, are squeezed or stretched in time and
+   served by the model of n instances: which fraction of them misses the SLO under every load. That is done for the few n (or
+   mixes of kinds) that come into question, anew every ``renew_s`` seconds of the observations' clock (`capacity`).
+2. *What may come?* Minutes like those that came next whenever the past looked like now (`forecast`): for one more instance, from
+   the moment it would be ready; for one fewer, from now on until it could be had again.
+   Both together give the fraction of requests that each n is expected to miss, in minutes that go well and in those that do not.
 3. *Does something wait already?* Then the present state counts too: the recent arrivals are served on as many instances as
    were ready then, and from what is left queued the forecast goes on with candidates that are ready a cold start from now.
 
@@ -23,6 +23,7 @@ from block.autoscale.controllers.forecast import Forecast, Forecaster
 from block.autoscale.controllers.mixes import Counts, cheapest
 from block.autoscale.controllers.stage import Recent, Stage
 from block.autoscale.controllers.window import counts, last
+from block.autoscale.controllers.work import work_on
 from block.autoscale.terms import Kind, Observation, Phase, Plan
 from block.core import Slo
 from block.errors import ConfigError
@@ -31,51 +32,61 @@ REPLAYED_MOST = 20_000
 """Requests of one replay from the present state."""
 JUDGED_S = 120.0
 """How long a replay from the present state goes on after the cold start; the first quarter is not judged."""
+RARE = 0.01
+"""Told is the rate above which this part of the work may come."""
 QUEUED_CALM = 4
 """With at most so many requests waiting an instance, the present state does not matter."""
 
 
 class Replay:
-    """``target``: the fraction of requests that must meet the SLO in a replay. ``quantile``: how often the forecast rate must be
-    high enough; ``caution``: fewer instances must do at a rate that is too low only so many times as often. ``margin``: the
-    part of the capacity that is not used. ``worth`` above 0 sets the quantile by what a miss is worth, in instance-hours (at price
-    1), instead: 1 - price / (3600 s x worth x requests/s that an instance bears), the newsvendor's ratio.
-    ``recent_s``: what is replayed; ``renew_s``: how often capacities are found anew. ``beyond_s``: how long, after a cold
-    start, the count must do; ``level_s``: rates are means over so long; ``period_s``: the season's length. ``spare``:
+    """``target``: the fraction of requests that must be expected to meet the SLO, beside those that would miss it alone. ``worth``
+    above 0 decides instead by what a miss is worth, in instance-hours at price 1: so many are wanted that instances and
+    misses together cost the least. ``margin``: the part of the
+    capacity that is not used. ``recent_s``: what is replayed; ``renew_s``: how often capacities are found anew. ``beyond_s``:
+    how long, after a cold start, the count must do; ``level_s``: rates are means over so long; ``base_s``: told relative to
+    a mean over so long; ``past_s``: how far back is looked for what came next; ``period_s``: the season's length. ``spare``:
     instances added to the answer. ``zero`` 1: none after ``idle_s`` without a request.
     """
 
     name = "replay"
 
     def __init__(
-        self, kinds: Sequence[Kind], slo: Slo | None = None, *, target: float = 0.99, quantile: float = 0.9,
-        caution: float = 0.5, margin: float = 0.0, worth: float = 0.0, recent_s: float = 900.0, renew_s: float = 600.0,
-        beyond_s: float = 60.0, level_s: float = 60.0, period_s: float = 86_400.0, spare: int = 0, zero: int = 0,
-        idle_s: float = 900.0,
+        self, kinds: Sequence[Kind], slo: Slo | None = None, *, target: float = 0.99,
+        margin: float = 0.0, worth: float = 0.0, recent_s: float = 3600.0, renew_s: float = 1800.0, beyond_s: float = 30.0,
+        level_s: float = 60.0, base_s: float = 3600.0, past_s: float = 172_800.0, period_s: float = 86_400.0,
+        spare: int = 0, zero: int = 0, idle_s: float = 900.0,
     ) -> None:  # fmt: skip
-        if not (0 < target < 1 and 0 < quantile < 1 and 0 < caution <= 1 and 0 <= margin < 1):
-            raise ConfigError("target and quantile must be between 0 and 1, caution in (0, 1], margin in [0, 1).")
-        if min(recent_s, renew_s, beyond_s, level_s, period_s, idle_s) <= 0 or min(spare, worth) < 0:
+        if not (0 < target < 1 and 0 <= margin < 1):
+            raise ConfigError("target must be between 0 and 1, margin in [0, 1).")
+        times_s = (recent_s, renew_s, beyond_s, level_s, base_s, past_s, period_s, idle_s)
+        if min(times_s) <= 0 or min(spare, worth) < 0:
             raise ConfigError("The times of replay must be above 0, spare and worth not negative.")
         self._kinds, self._slo = tuple(kinds), slo or Slo(ttft_s=3.0)
         self._cheapest = min(self._kinds, key=lambda kind: kind.price)
-        self._quantile, self._caution, self._worth = quantile, caution, worth
-        self._margin, self._beyond_s, self._level_s = margin, beyond_s, level_s
+        self._worth, self._margin, self._beyond_s = worth, margin, beyond_s
         self._recent_s, self._spare, self._zero, self._idle_s = recent_s, spare, bool(zero), idle_s
         self._stage = Stage(self._kinds, self._slo)
         self._recent = Recent()
-        self._forecaster = Forecaster(level_s=level_s, mean_s=level_s, period_s=period_s, renew_s=renew_s)
-        self._capacities = Capacities(self._stage, 1 - target, recent_s, renew_s)
-        self.history_s = 2 * period_s
+        work = work_on(self._kinds[0])
+        self._forecaster = Forecaster(work, level_s=level_s, base_s=base_s, period_s=period_s)
+        self._capacities = Capacities(
+            self._stage, work, 1 - target, recent_s=recent_s, renew_s=renew_s, level_s=level_s
+        )  # fmt: skip
+        self.history_s = past_s
 
     def decide(self, window: Sequence[Observation]) -> Plan:
         have = counts(window[-1], self._kinds)
+        if (idle := self._idle(window)) is not None:
+            return idle
         if not self._capacities.renew(window):
-            return self._idle(window, have)
+            return Plan(have, "No single requests to replay yet.")
         cold_s = max(kind.cold_start_s for kind in self._kinds)
-        rises, stays = self._forecasts(window, cold_s, self._ratio(have))
-        more, _ = cheapest(self._kinds, have, self._shortage(rises.peak_rps), 0.0)
-        fewer, _ = cheapest(self._kinds, have, self._shortage(stays.peak_rps), 0.0)
+        course = self._forecaster.course(window)
+        rises = self._forecaster.tell(course, cold_s, cold_s + self._beyond_s)
+        stays = self._forecaster.tell(course, 0.0, cold_s + self._beyond_s)
+        allowed = self._allowed(rises)
+        more, _ = cheapest(self._kinds, have, self._missed(rises), allowed)
+        fewer, _ = cheapest(self._kinds, have, self._missed(rises, stays), allowed)
         want = more if self._price(more) >= self._price(have) else fewer
         if self._price(more) < self._price(have) < self._price(fewer):
             want = have  # between the two: neither more are needed nor can fewer be risked
@@ -84,37 +95,56 @@ class Replay:
             relieved = self._relief(window, rises, have, cold_s)
             want = relieved if self._price(relieved) > self._price(want) else want
         want = {**want, self._cheapest.name: min(want[self._cheapest.name] + self._spare, self._cheapest.most)}
-        bears_rps = self._capacities.of(want)
-        return Plan(want, _reason(want, have, bears_rps, rises), _evidence(bears_rps, rises, stays))
+        told = self._told(want, rises, stays)
+        return Plan(want, _reason(want, have, told, rises), told)
 
     def _price(self, want: Counts) -> float:
         return sum(kind.price * want[kind.name] for kind in self._kinds)
 
-    def _ratio(self, have: Counts) -> float:
+    def _missed(self, *coming: Forecast) -> Callable[[Counts], float]:
+        """The fraction of requests that a candidate is expected to miss in the worst of what may come."""
+
+        @cache
+        def missed(values: tuple[int, ...]) -> float:
+            curve = self._capacities.of(dict(zip(names, values, strict=True)))
+            return max(float(curve.at(one.rates / (1 - self._margin)) @ one.weights) for one in coming)
+
+        names = [kind.name for kind in self._kinds]
+        return lambda want: missed(tuple(want[name] for name in names))
+
+    def _allowed(self, rises: Forecast) -> float:
+        """The missed fraction that candidates may have; where misses have a worth, that of the best count of the cheapest kind."""
         if self._worth == 0:
-            return self._quantile
-        one = {name: int(name == self._cheapest.name) for name in have}
-        bears_rps = self._capacities.of(one)
-        return min(max(1 - self._cheapest.price / (3600 * self._worth * max(bears_rps, 1e-6)), 0.05), 0.995)
+            return self._capacities.allowed
+        each_h = 3600 * self._worth * rises.base / self._capacities.each_s / self._cheapest.price
+        missed = self._missed(rises)
+        costs = {}
+        for count in range(1, self._cheapest.most + 1):
+            share = missed({kind.name: count if kind is self._cheapest else 0 for kind in self._kinds})
+            costs[count] = count + each_h * share, share
+            if share <= self._capacities.alone or count > min(costs.values())[0]:
+                break
+        return max(min(costs.values())[1], self._capacities.alone)
 
-    def _forecasts(self, window: Sequence[Observation], cold_s: float, quantile: float) -> tuple[Forecast, Forecast]:
-        """The rate for which more would come in time, and the one that fewer would have to bear."""
-        fall = 1 - self._caution * (1 - quantile)
-        until_s = max(cold_s - self._level_s, 0.0) + self._beyond_s
-        rises = self._forecaster.tell(window, max(cold_s - self._level_s, 0.0), until_s, quantile)
-        stays = self._forecaster.tell(window, 0.0, until_s, fall)
-        return rises, stays._replace(peak_rps=max(stays.peak_rps, rises.peak_rps))
-
-    def _shortage(self, rate_rps: float) -> Callable[[Counts], float]:
-        """How much of the rate a candidate cannot bear, as a fraction; 0: it can."""
-        return lambda want: max(0.0, 1 - (1 - self._margin) * self._capacities.of(want) / max(rate_rps, 1e-9))
+    def _told(self, want: Counts, rises: Forecast, stays: Forecast) -> dict[str, float]:
+        """The numbers behind a plan; rates as requests/s like the recent ones."""
+        each_s, allowed = self._capacities.each_s, self._capacities.allowed
+        fewer = {**want, self._cheapest.name: max(want[self._cheapest.name] - 1, 0)}
+        return {
+            "missed": self._missed(rises, stays)(want), "missed_with_fewer": self._missed(rises, stays)(fewer),
+            "bears_rps": self._capacities.of(want).bears(allowed) / each_s, "rate_rps": rises.level / each_s,
+            "base_rps": rises.base / each_s, "forecast_rps": rises.exceeded_by(RARE) / each_s, "work_s": each_s,
+        }  # fmt: skip
 
     def _relief(self, window: Sequence[Observation], rises: Forecast, have: Counts, cold_s: float) -> Counts:
         """The fewest, not fewer than now, that are within the SLO again one cold start from now."""
         now_s, span_s = window[-1].at_s, cold_s + JUDGED_S
-        arrivals = self._recent.arrivals(window, max(0.5 * self._recent_s, 2 * cold_s), REPLAYED_MOST)
+        arrivals = self._recent.arrivals(window, max(0.125 * self._recent_s, 2 * cold_s), REPLAYED_MOST)
+        if not len(arrivals.at_s):
+            return have
         self._stage.set(last(window, arrivals.span_s), arrivals, now_s)
-        coming = arrivals.again(now_s, max(rises.peak_rps, rises.mean_rps), span_s, REPLAYED_MOST)
+        likely = float(rises.rates @ rises.weights)
+        coming = arrivals.again(now_s, max(likely, rises.level) / self._capacities.each_s, span_s, REPLAYED_MOST)
 
         @cache
         def missed(values: tuple[int, ...]) -> float:
@@ -124,11 +154,11 @@ class Replay:
         want, _ = cheapest(self._kinds, have, lambda want: missed(tuple(want.values())), self._capacities.allowed)
         return want if self._price(want) >= self._price(have) else have
 
-    def _idle(self, window: Sequence[Observation], have: Counts) -> Plan:
+    def _idle(self, window: Sequence[Observation]) -> Plan | None:
+        """What there should be after ``idle_s`` without a request; ``None``: it is not as long as that."""
         quiet_s = window[-1].at_s - window[0].at_s
-        idle = quiet_s >= self._idle_s and not any(seen.count or seen.queued for seen in last(window, self._idle_s))
-        if not idle:
-            return Plan(have, "No single requests to replay yet.")
+        if quiet_s < self._idle_s or any(seen.count or seen.queued for seen in last(window, self._idle_s)):
+            return None
         least = {kind.name: kind.least for kind in self._kinds}
         if self._zero:
             return Plan(least, f"Not a request for {self._idle_s:g} s.")
@@ -141,18 +171,12 @@ def calm(seen: Observation, ready: Counts) -> bool:
     return sum(ready.values()) > 0 and (seen.queued or 0) <= QUEUED_CALM * sum(ready.values())
 
 
-def _reason(want: Counts, have: Counts, bears_rps: float, rises: Forecast) -> str:
+def _reason(want: Counts, have: Counts, told: dict[str, float], rises: Forecast) -> str:
     change = sum(want.values()) - sum(have.values())
     verb = "keep" if want == have else f"{change:+d}" if change else "another mix"
     counted = ", ".join(f"{count} {name}" for name, count in want.items())
     return (
-        f"{counted} ({verb}): they bear {bears_rps:.2f} requests/s within the SLO; "
-        f"{rises.peak_rps:.2f} are to be expected ({rises.mean_rps:.2f} now, {rises.by} x {rises.safety:.2f})."
+        f"{counted} ({verb}): {told['missed']:.2%} of the requests may miss the SLO, {told['missed_with_fewer']:.2%} with one "
+        f"fewer; {told['rate_rps']:.2f} requests/s now, up to {told['forecast_rps']:.2f} to come (by {rises.by}), "
+        f"{told['bears_rps']:.2f} borne."
     )
-
-
-def _evidence(bears_rps: float, rises: Forecast, stays: Forecast) -> dict[str, float]:
-    return {
-        "bears_rps": bears_rps, "rate_rps": rises.mean_rps, "forecast_rps": rises.peak_rps, "hold_rps": stays.peak_rps,
-        "safety": rises.safety,
-    }  # fmt: skip

@@ -41,9 +41,21 @@ class Arrivals(msgspec.Struct, frozen=True):
         at_s = from_s + turn * (self.span_s * stretch) + offsets_s[place] - offsets_s[first]
         return Arrivals(at_s, self.prompts[place], self.outputs[place], span_s)
 
+    def even(self, level_s: float) -> "Arrivals":
+        """The same with time stretched so that as many come in every ``level_s``: bunches within stay."""
+        count = max(round(self.span_s / level_s), 1)
+        from_s = self.at_s[-1] - self.span_s
+        place = np.clip((self.at_s - from_s) / self.span_s * count, 0.0, np.nextafter(count, 0))
+        slots = place.astype(np.int64)
+        come = np.bincount(slots, minlength=count) / len(slots)
+        at = np.cumsum(come)[slots] + (place - slots - 1) * come[slots]
+        return Arrivals(from_s + at * self.span_s, self.prompts, self.outputs, self.span_s)
+
     def share(self, fraction: float) -> "Arrivals":
         """Evenly that fraction of them, at the same times: the rate is less, a bunch as long as it was."""
-        which = np.unique((np.arange(round(len(self.at_s) * fraction)) / fraction).astype(np.int64))
+        if fraction == 1:
+            return self
+        which = (np.arange(round(len(self.at_s) * fraction)) / fraction).astype(np.int64)
         which = which[which < len(self.at_s)] if len(which) else np.zeros(1, np.int64)
         return Arrivals(self.at_s[which], self.prompts[which], self.outputs[which], self.span_s)
 

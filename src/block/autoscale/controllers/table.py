@@ -23,22 +23,22 @@ class ControllerSpec(NamedTuple):
 
 
 _AT_ONCE = Guard(settle_s=0.0)
-_KUBERNETES = Guard(settle_s=300.0)
+_PATIENT = Guard()
 
 CONTROLLERS: dict[str, ControllerSpec] = {
     "replay": ControllerSpec(
         "the fewest (or cheapest mix) that meet the SLO when recent arrivals come again at the forecast rate",
         Replay,
-        Guard(settle_s=240.0),
+        _PATIENT,
     ),
     "static": ControllerSpec("always the same count", Static, _AT_ONCE),
     "preempt": ControllerSpec(
         "one more for every request whose best predicted E2E exceeds 70 s (published)", Preempt, _AT_ONCE
     ),
     "relief": ControllerSpec("one more after a measured latency above its threshold", Relief, _AT_ONCE),
-    "hpa-queue": ControllerSpec("Kubernetes' formula on requests waiting", queue_hpa, _KUBERNETES),
-    "hpa-kv": ControllerSpec("Kubernetes' formula on the used fraction of the KV cache", kv_hpa, _KUBERNETES),
-    "hpa-rps": ControllerSpec("Kubernetes' formula on requests a second", rate_hpa, _KUBERNETES),
+    "hpa-queue": ControllerSpec("Kubernetes' formula on requests waiting", queue_hpa, _PATIENT),
+    "hpa-kv": ControllerSpec("Kubernetes' formula on the used fraction of the KV cache", kv_hpa, _PATIENT),
+    "hpa-rps": ControllerSpec("Kubernetes' formula on requests a second", rate_hpa, _PATIENT),
 }
 
 

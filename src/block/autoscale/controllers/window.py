@@ -6,10 +6,10 @@ import msgspec
 
 from block.autoscale.terms import Kind, Observation, Phase
 
-DETAIL_S = 900.0
-"""How long single arrivals are kept; of older observations only the counts."""
+DETAIL_S = 3600.0
+"""How long single arrivals are kept; of older observations only counts and tokens."""
 
-ARRIVALS_MOST = 20_000
+ARRIVALS_MOST = 60_000
 """Single arrivals kept over the whole window; beyond, the oldest observations lose theirs first."""
 
 
@@ -29,11 +29,21 @@ def last(window: Sequence[Observation], span_s: float) -> list[Observation]:
     return [seen for seen in window if seen.at_s > from_s] or [window[-1]]
 
 
+def thinned(seen: Observation) -> Observation:
+    """Without its single requests: their count and their tokens stay."""
+    tokens = seen.tokens or (
+        sum(one.prompt_tokens for one in seen.arrivals), sum(one.output_tokens for one in seen.arrivals)
+    )  # fmt: skip
+    return msgspec.structs.replace(
+        seen, arrived=seen.count, tokens=tokens, arrivals=(), served=(), slow_e2e_s=()
+    )  # fmt: skip
+
+
 class Window:
     """The observations that a controller is shown, in bounded memory. Whoever observes appends; ``seen`` is the window.
 
     Nothing older than ``history_s`` (and ``detail_s``); single requests only of the last ``detail_s`` seconds and at
-    most ``ARRIVALS_MOST``: older observations keep their count.
+    most ``ARRIVALS_MOST``: older observations keep their count and tokens.
     """
 
     def __init__(self, history_s: float, detail_s: float = DETAIL_S) -> None:
@@ -50,9 +60,7 @@ class Window:
         ):
             old = self.seen[self._detailed]
             self._arrivals -= len(old.arrivals)
-            self.seen[self._detailed] = msgspec.structs.replace(
-                old, arrived=old.count, arrivals=(), served=(), slow_e2e_s=()
-            )
+            self.seen[self._detailed] = thinned(old)
             self._detailed += 1
         if self.seen[0].at_s < seen.at_s - 1.25 * self._history_s:  # in strides: cheap on the whole
             keep = next(i for i, one in enumerate(self.seen) if one.at_s >= seen.at_s - self._history_s)

@@ -8,7 +8,8 @@ What can go wrong, and what then happens:
   given meanwhile, and after ``act_within_s`` it is given up and given again
 - the actuator lies (there are more or fewer instances than ordered): visible as ``unmet_seconds``; orders are absolute counts,
   so repeating one can never add up, and the controller counts what the gateways see
-- another autoscaler holds the lock: this one decides and explains, and acts only once the lock is free
+- another autoscaler holds the lock: this one decides and explains, and acts only once the lock is free; one that loses it (it
+  was stopped for longer than its Lease) gives its order under way up
 """
 
 import asyncio
@@ -121,7 +122,8 @@ class Keeper:
         seen = window[-1]
         self._learn(seen)
         self._figures.show_members(seen.members, len(seen.blind))
-        self._membership.leads = leads = await self._lock.held()
+        # A dry run leaves the lock to those who act, and the gateways as they are.
+        self._membership.leads = leads = not self._dry_run and await self._lock.held()
         self._figures.leads.set(leads)
         started_s = monotonic()
         plan, asked, held = await self._decide(window)
@@ -170,6 +172,9 @@ class Keeper:
     def _order(self, want: Mapping[str, int], seen: Observation, *, leads: bool, held: bool) -> str:
         """Give the order where one is due; what was done, in a word."""
         met = self._watch_met(want, seen)
+        leads = leads and monotonic() < self._lock.sure_until_s  # this process may have been stopped since it asked
+        if not leads and self._act is not None:
+            self._act.cancel()  # the other one may give its own orders now
         if not want:
             return "held"
         if self._dry_run or not leads:

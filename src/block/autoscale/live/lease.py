@@ -23,17 +23,22 @@ class LeaseLock:
         self._name, self._where, self._timeout_s = name, (kubeconfig, context), timeout_s
         self._me = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._api: Api | None = None
+        self.sure_until_s = 0.0
         self._seen: tuple[str, float] = ("", 0.0)
         """The other holder's last renewal and when it was first seen here: only our own clock measures its age."""
 
     async def held(self) -> bool:
         """Take it where it is free or run out; renew it where it is ours."""
+        asked_s = time.monotonic()
         try:
             if self._api is None:
                 self._api = await connect(*self._where, self._timeout_s)
-            return await self._take(self._api)
+            held = await self._take(self._api)
         except ActuatorError:
             return False
+        if held:
+            self.sure_until_s = asked_s + LEASE_S
+        return held
 
     async def release(self) -> None:
         if self._api is not None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from math import inf
 from pathlib import Path
 from typing import Protocol
 
@@ -9,7 +10,10 @@ from block.errors import ConfigError
 
 
 class Lock(Protocol):
-    """Asked before every decision is acted on."""
+    """Asked before every decision is acted on. ``sure_until_s``: the monotonic time until which what `held` said is sure: this
+    process may be stopped between the question and the act."""
+
+    sure_until_s: float
 
     async def held(self) -> bool:
         """Whether this autoscaler leads now; takes the lock if it is free."""
@@ -21,6 +25,8 @@ class Lock(Protocol):
 class NoLock:
     """Always leads."""
 
+    sure_until_s = inf
+
     async def held(self) -> bool:
         return True
 
@@ -30,6 +36,8 @@ class NoLock:
 
 class FileLock:
     """An advisory lock on a file of this machine, let go by the system when its holder dies."""
+
+    sure_until_s = inf
 
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, -1

@@ -6,7 +6,6 @@ difference. ``retire`` waits until no gateway has a request at the instance. Nam
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Final, Literal
 import msgspec
 
 from block.autoscale.live.gateways import Gateway, GatewayError
+from block.autoscale.steady import now_s
 from block.gateway.config import InstanceConfig
 from block.gateway.records.recent import Seen
 
@@ -137,7 +137,7 @@ class Membership:
                 continue
             config = self._wanted.get(name)
             if one.fresh or config is None or (config.predictor is None and config.profile is None):
-                self.ready_s[name] = time.time()
+                self.ready_s[name] = now_s()
 
     async def _correct(self, gateway: Gateway, listed: dict[str, Seen]) -> None:
         for name in self._retiring & listed.keys():

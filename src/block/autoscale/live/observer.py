@@ -6,7 +6,6 @@ the observation of its time. An arrival's output tokens are those expected until
 
 import asyncio
 import logging
-import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
@@ -15,9 +14,10 @@ from typing import Any, Final
 import aiohttp
 import msgspec
 
-from block.autoscale.controllers.window import ARRIVALS_MOST, DETAIL_S
+from block.autoscale.controllers.window import ARRIVALS_MOST, DETAIL_S, thinned
 from block.autoscale.live.gateways import Gateway, GatewayError
 from block.autoscale.live.membership import Membership
+from block.autoscale.steady import now_s
 from block.autoscale.terms import Actuator, Arrival, Kind, Member, Observation, Phase, Served
 from block.errors import ActuatorError
 from block.gateway.records.recent import RecentAnswer, Seen
@@ -66,7 +66,7 @@ class Observer:
         instances = _freshest([msgspec.structs.replace(one, name=self._membership.name_of(one)) for one in told])
         await self._ask_predictors(instances, blind)
         members = await self._all_members(instances, blind)
-        at_s = time.time()
+        at_s = now_s()
         self._look += 1
         self._looks[self._look] = Observation(
             at_s=at_s, members=members, blind=tuple(blind), **_loads(list(seen.values()), instances)
@@ -144,7 +144,7 @@ class Observer:
         self._looks[look] = msgspec.structs.replace(self._looks[look], **fields)
 
     def _thin(self, history_s: float) -> None:
-        """Bounded memory: of old looks only the counts are kept, of older ones nothing."""
+        """Bounded memory: of old looks only counts and tokens are kept, of older ones nothing."""
         now_s, arrivals = self._looks[self._look].at_s, 0
         kept: dict[int, Observation] = {}
         for look, seen in reversed(self._looks.items()):
@@ -152,7 +152,7 @@ class Observer:
                 break
             arrivals += len(seen.arrivals)
             if seen.arrivals and look != self._look and (seen.at_s < now_s - DETAIL_S or arrivals > ARRIVALS_MOST):
-                seen = msgspec.structs.replace(seen, arrived=seen.count, arrivals=(), served=(), slow_e2e_s=())  # noqa: PLW2901
+                seen = thinned(seen)  # noqa: PLW2901
             kept[look] = seen
         self._looks = dict(reversed(kept.items()))
         oldest = next(iter(self._looks))
@@ -163,7 +163,7 @@ class Observer:
 
     async def _all_members(self, instances: dict[str, Seen], blind: list[str]) -> tuple[Member, ...]:
         """The actuator's members as the gateways see them; all that the gateways have where it keeps none."""
-        now_s = time.time()
+        at_s = now_s()
         before = {member.id: member for member in self._members}
         keeps = bool(getattr(self._actuator, "keeps_members", True))
         joins = bool(getattr(self._actuator, "joins_gateways", True))
@@ -193,7 +193,7 @@ class Observer:
                 else:
                     continue
             old = before.get(name)
-            members.append(Member(name, kind, phase, old.since_s if old and old.phase is phase else now_s))
+            members.append(Member(name, kind, phase, old.since_s if old and old.phase is phase else at_s))
         self._members = tuple(members)
         return self._members
 

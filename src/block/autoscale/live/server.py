@@ -1,11 +1,11 @@
 """The autoscaler's own HTTP: why it did what, what it wants, whether it works."""
 
-import time
 from collections.abc import Callable
 from typing import Final
 
 from aiohttp import web
 
+from block.autoscale import steady
 from block.autoscale.live.figures import Figures
 from block.autoscale.live.keeper import Keeper
 from block.errors import ClientError
@@ -19,7 +19,7 @@ class Window:
     """Routes over one keeper."""
 
     def __init__(
-        self, keeper: Keeper, figures: Figures, interval_s: float, now_s: Callable[[], float] = time.time
+        self, keeper: Keeper, figures: Figures, interval_s: float, now_s: Callable[[], float] = steady.now_s
     ) -> None:
         self._keeper, self._figures, self._interval_s, self._now_s = keeper, figures, interval_s, now_s
         self._started_s = now_s()
