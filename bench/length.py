@@ -46,9 +46,9 @@ def percentiles_us(call: Callable[[int], object], count: int) -> tuple[float, fl
     return float(np.quantile(taken, 0.5)) / 1e3, float(np.quantile(taken, 0.99)) / 1e3
 
 
-def cost(records: Sequence[Record]) -> dict[str, object]:
+def cost(records: Sequence[Record], model: Path) -> dict[str, object]:
     started = time.process_time()
-    estimator = LearnedEstimator()
+    estimator = LearnedEstimator(model=model)
     load_s = time.process_time() - started
     texts = [r.text for r in records] or ["Write a list of ten ideas for a long trip through the mountains. " * 8] * 100
     rng = np.random.default_rng(SEED)
@@ -74,7 +74,7 @@ def cost(records: Sequence[Record]) -> dict[str, object]:
         "estimate_us_p99": p99,
         "estimate_1_mb_us_p50": percentiles_us(lambda _: estimator.estimate(long), 300)[0],
         "load_s": load_s,
-        "model_bytes": SHIPPED.stat().st_size,
+        "model_bytes": model.stat().st_size,
         "bank_bytes": estimator.bank.nbytes,
         "totals_of_576_us_p50": percentiles_us(lambda _: estimator.bank.expected_totals(rows, generated, caps), 2000)[
             0
@@ -207,12 +207,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["cost"], choices=["cost", "quality", "learners"])
     parser.add_argument("--sets", type=Path)
+    parser.add_argument("--model-file", type=Path, default=SHIPPED, help="whose cost")
     options = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     print(json.dumps({"commit": commit.strip(), "host": platform.processor() or platform.machine(), "seed": SEED}))
     records = read_records([options.sets]) if options.sets else []
     if "cost" in options.what:
-        print(json.dumps(cost(records), indent=1))
+        print(json.dumps(cost(records, options.model_file), indent=1))
         if records:
             print(json.dumps(training(records), indent=1))
     if "quality" in options.what:

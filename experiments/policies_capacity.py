@@ -11,11 +11,13 @@ TTFT P99 <= 3 s; in mooncake 8 s, for its longest prompts alone take 5 s. Writes
 import argparse
 import csv
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
+from block.errors import UserError
 from block.simulate import SimulationConfig, load_config
 from block.simulate.bound import packed, pooled, work_bound_rps
 from block.simulate.capacity import Capacity, find_capacity, parse_criterion
@@ -150,4 +152,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{error} BLOCK_TRACES names the folder of the traces." if "trace" in str(error) else str(error))
