@@ -26,11 +26,13 @@ def command(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
-    for column in ("profile", "GPU", "model", "TP", "source", "error"):
-        table.add_column(column, overflow="fold")
+    table = Table(caption="error: the worst median among the regimes it was fitted to; more with block profile show NAME")
+    for column in ("profile", "GPU", "model"):
+        table.add_column(column, no_wrap=True)
+    for column in ("TP", "source", "error"):
+        table.add_column(column)
     for p in profiles:
         worst = max((e.error_p50_fraction for e in p.errors), default=None)
-        error = "not measured" if worst is None else f"up to {worst:.1%} median by regime"
-        table.add_row(p.name, p.gpu, p.model, str(p.tensor_parallel), p.source, error)
+        error = "unknown" if worst is None else f"{worst:.1%}"
+        table.add_row(p.name, p.gpu, p.model, str(p.tensor_parallel), p.source.partition(" (")[0], error)
     Console().print(table)
