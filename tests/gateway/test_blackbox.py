@@ -36,13 +36,8 @@ LIMITS = EngineLimits(
     max_num_seqs=16, max_num_batched_tokens=512, num_gpu_blocks=400, block_size=16, max_model_len=2048
 )
 E0 = InstanceId("e0")
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("profile") / "test.json"
-    path.write_bytes(msgspec.json.encode(PROFILE))
-    return str(path)
+REAL = "h200-llama3.1-8b"
+"""Engines on sockets are as slow as real ones: a busy host then delays them by few of their steps."""
 
 
 class Bench:
@@ -50,13 +45,15 @@ class Bench:
 
     def __init__(self, client: Client, reader: SnapshotReader) -> None:
         self.client, self.reader = client, reader
+        self.frame: bytes | None = None
         self.evidence = client.gateway.decider.evidence[E0]
         self.box = client.gateway.decider.boxes[E0]
 
     def true(self) -> EngineSnapshot:
-        frame = self.reader.read()
-        assert frame is not None
-        return wire.decode(frame)
+        """As last published: a step ago, unless this process was kept from running."""
+        self.frame = self.reader.read() or self.frame
+        assert self.frame is not None
+        return wire.decode(self.frame)
 
     def modelled(self) -> EngineSnapshot:
         self.box.tick()
@@ -79,12 +76,12 @@ class Bench:
 
 
 @pytest.fixture(params=["events", "usage"])
-async def bench(request: pytest.FixtureRequest, profile: str) -> AsyncIterator[Bench]:
+async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     name = f"test-{uuid.uuid4().hex[:12]}"
-    config = EmulateConfig(limits=LIMITS, profile=profile, models=("tiny",), name=name)
+    config = EmulateConfig(limits=LIMITS, profile=REAL, models=("tiny",), name=name)
     async with serving(config) as url:
         instance = parse_instance(
-            f"{url},name=e0,profile={profile},max-num-seqs=16,max-num-batched-tokens=512,max-model-len=2048"
+            f"{url},name=e0,profile={REAL},max-num-seqs=16,max-num-batched-tokens=512,max-model-len=2048"
         )
         settings = QUICK | {"instances": [instance], "policy": "block-paper", "count_tokens": request.param}
         gateway = Gateway(GatewayConfig(**settings))
@@ -114,14 +111,15 @@ async def test_the_model_follows_the_engine(bench: Bench) -> None:
     ]
     seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     while not all(task.done() for task in tasks):
-        await asyncio.sleep(0.03)
+        await asyncio.sleep(0.1)
         seen.append((summed(bench.true()), summed(bench.modelled())))
     for task in tasks:
         await task
     true, modelled = (np.array([pair[side] for pair in seen], float) for side in (0, 1))
     assert true[:, 0].max() >= 15
     off = np.abs(true - modelled).mean(axis=0) / np.maximum(true.mean(axis=0), 1.0)
-    assert (off < (0.12, 0.25, 0.10, 0.10)).all(), off
+    # 0.01 to 0.04; from 0.3 where ended requests stay, 0.15 where four fewer run at once, 0.13 where prompts are a fifth shorter
+    assert (off < (0.10, 0.15, 0.10, 0.10)).all(), off
     await until(lambda: summed(bench.modelled()) == (0, 0, 0, 0))
 
 
@@ -161,13 +159,13 @@ async def test_a_client_that_leaves_leaves_the_model(bench: Bench) -> None:
 # Engines that fail
 
 
-def modelled(engine: FakeEngine, name: str, profile: str) -> InstanceConfig:
-    return InstanceConfig(url=engine.url, name=name, profile=profile, num_gpu_blocks=1000)
+def modelled(engine: FakeEngine, name: str) -> InstanceConfig:
+    return InstanceConfig(url=engine.url, name=name, profile=REAL, num_gpu_blocks=1000)
 
 
-async def test_failures_leave_nothing_in_the_model(start: Start, profile: str) -> None:
+async def test_failures_leave_nothing_in_the_model(start: Start) -> None:
     engines = [await FakeEngine(behave).start() for behave in (dies_in_stream, hangs_in_stream, never_answers)]
-    instances = [modelled(engine, f"e{n}", profile) for n, engine in enumerate(engines)]
+    instances = [modelled(engine, f"e{n}") for n, engine in enumerate(engines)]
     client = await start(*engines, policy="block", instances=instances, hang_after_s=0)
     boxes = client.gateway.decider.boxes
     tasks = [asyncio.create_task(client.post(body={"stream": True})) for _ in range(9)]
@@ -183,9 +181,9 @@ async def test_failures_leave_nothing_in_the_model(start: Start, profile: str) -
         assert box._engine.scheduler.blocks_free == 999
 
 
-async def test_a_model_that_fails_costs_no_request_and_begins_anew(start: Start, profile: str) -> None:
+async def test_a_model_that_fails_costs_no_request_and_begins_anew(start: Start) -> None:
     engine = await FakeEngine().start()
-    client = await start(engine, policy="block", instances=[modelled(engine, "e0", profile)])
+    client = await start(engine, policy="block", instances=[modelled(engine, "e0")])
     box = client.gateway.decider.boxes[E0]
     await until(lambda: box.evidence.frames > 0)
     broken = box._engine
