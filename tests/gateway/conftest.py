@@ -50,7 +50,7 @@ class Client:
         lines = [line for line in text.decode().splitlines() if line.startswith((name + " ", name + "{"))]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
-    async def raw(self, data: bytes, timeout_s: float = 2.0) -> bytes:
+    async def raw(self, data: bytes, timeout_s: float = 5.0) -> bytes:
         """What comes back on one connection until it is closed or silent for a moment."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.gateway.port)
         got = b""
@@ -88,7 +88,7 @@ async def start() -> AsyncIterator[Start]:
         gateway = Gateway(GatewayConfig(**(QUICK | {"instances": instances} | options)))
         await gateway.start()
         session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=10)
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=30)
         )
         running.append((gateway, list(engines), session))
         if wait:
@@ -119,7 +119,7 @@ async def _check_nothing_is_left(gateway: Gateway) -> None:
         assert evidence.unseen == 0
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Wait for a condition; AssertionError if it does not come true."""
     deadline = asyncio.get_running_loop().time() + timeout_s
     while not condition():

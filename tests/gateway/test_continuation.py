@@ -21,13 +21,17 @@ from gateway.fakes import STREAM_HEAD, Behave, FakeEngine, Heard, chunk
 
 __all__ = ["profile"]
 TOKENS = 120
+SLOW = 0.1
+"""Steps of 15 ms: on a busy host, too, an order to break comes before a stream's end."""
 
 
 class Emulated:
     """An emulated engine as ``start`` wants its engines."""
 
-    def __init__(self, profile: str) -> None:
-        self._config = EmulateConfig(limits=EngineLimits(), profile=profile, models=("fake",), allow_faults=True)
+    def __init__(self, profile: str, speed: float = 1.0) -> None:
+        self._config = EmulateConfig(
+            limits=EngineLimits(), profile=profile, speed=speed, models=("fake",), allow_faults=True
+        )
         self._stack = contextlib.AsyncExitStack()
         self.port = 0
         self.url = ""
@@ -87,6 +91,15 @@ async def streamed(
     return [json.loads(event.removeprefix(b"data: ")) for event in events], raw
 
 
+async def undisturbed(profile: str, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The events of the answer that no engine breaks off."""
+    engine = await Emulated(profile).start()
+    try:
+        return (await streamed(engine.url, path, body))[0]
+    finally:
+        await engine.stop()
+
+
 def seen(events: list[dict[str, Any]]) -> dict[str, Any]:
     """What a client makes of the events of one answer."""
     choices = [choice for event in events for choice in event["choices"]]
@@ -121,10 +134,10 @@ async def test_a_broken_stream_goes_on_elsewhere_as_if_nothing_had_happened(
     start: Start, profile: str, name: str
 ) -> None:
     path, body = ASKED[name]
-    engines = [Emulated(profile), Emulated(profile)]
+    engines = [Emulated(profile, SLOW), Emulated(profile, SLOW)]
     client = await start(*engines, continue_streams=3, cb_failure_threshold=100)
-    whole, _ = await streamed(engines[0].url, path, body)
-    got, raw = await streamed(client.url, path, body, Breaker(client, engines, 25, 3))
+    whole = await undisturbed(profile, path, body)
+    got, raw = await streamed(client.url, path, body, Breaker(client, engines, 10, 3))
     assert seen(got) == seen(whole)
     assert len({event["id"] for event in got}) == len({event["created"] for event in got}) == 1
     assert b"token_ids" not in raw.replace(b'"token_ids":null', b"").replace(b'"prompt_token_ids":null', b"")
@@ -133,11 +146,11 @@ async def test_a_broken_stream_goes_on_elsewhere_as_if_nothing_had_happened(
 
 
 async def test_a_client_that_wants_token_ids_gets_them_all(start: Start, profile: str) -> None:
-    engines = [Emulated(profile), Emulated(profile)]
+    engines = [Emulated(profile, SLOW), Emulated(profile, SLOW)]
     client = await start(*engines, continue_streams=1)
     path, body = completion(max_tokens=60, return_token_ids=True)
-    whole, _ = await streamed(engines[0].url, path, body)
-    got, _ = await streamed(client.url, path, body, Breaker(client, engines, 20, 1))
+    whole = await undisturbed(profile, path, body)
+    got, _ = await streamed(client.url, path, body, Breaker(client, engines, 10, 1))
 
     def ids(events: list[dict[str, Any]]) -> list[int]:
         return [i for event in events for choice in event["choices"] for i in choice["token_ids"]]
@@ -161,7 +174,7 @@ def test_what_cannot_be_exact_is_not_continued(fields: dict[str, Any]) -> None:
 
 
 async def test_a_stream_that_cannot_be_continued_ends_with_an_error_event(start: Start, profile: str) -> None:
-    engines = [Emulated(profile), Emulated(profile)]
+    engines = [Emulated(profile, SLOW), Emulated(profile, SLOW)]
     client = await start(*engines, continue_streams=3)
     breaker = Breaker(client, engines, 10, 1)
     path, body = completion(max_tokens=TOKENS, presence_penalty=1.0)
@@ -170,11 +183,11 @@ async def test_a_stream_that_cannot_be_continued_ends_with_an_error_event(start:
 
 
 async def test_continuation_is_bounded_a_stream(start: Start, profile: str) -> None:
-    engines = [Emulated(profile), Emulated(profile)]
+    engines = [Emulated(profile, SLOW), Emulated(profile, SLOW)]
     client = await start(*engines, continue_streams=2, cb_failure_threshold=100)
     path, body = completion(max_tokens=TOKENS)
     with pytest.raises(AssertionError, match="instance_failed"):
-        await streamed(client.url, path, body, Breaker(client, engines, 20, 3))
+        await streamed(client.url, path, body, Breaker(client, engines, 10, 3))
     assert await client.metric("block_stream_broken_total") == 1
 
 

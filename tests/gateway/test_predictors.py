@@ -110,7 +110,7 @@ FAULTS: dict[str, tuple[Callable[[], bytes | None], str]] = {
 async def test_a_faulty_predictor_costs_no_request(start: Start, predictors: Predictors, fault: str) -> None:
     frame, fallback = FAULTS[fault]
     urls = await predictors(idle, frame)
-    client = await start(FakeEngine(), FakeEngine(), policy="block", predictors=urls)
+    client = await start(FakeEngine(), FakeEngine(), policy="block", predictors=urls, hang_after_s=0)
     await until(lambda: client.gateway.decider.evidence[InstanceId("e0")]._profile is not None)
     await asyncio.sleep(0.05)
     for n in range(4):

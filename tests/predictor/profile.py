@@ -5,7 +5,7 @@ import msgspec
 from block.steptime.profile import StepTimeProfile, load_profile
 
 
-def _faster(profile: StepTimeProfile, factor: float) -> StepTimeProfile:
+def faster(profile: StepTimeProfile, factor: float) -> StepTimeProfile:
     """The same with every time divided by ``factor``."""
     fields = msgspec.to_builtins(profile)
     for name, value in fields.items():
@@ -16,4 +16,4 @@ def _faster(profile: StepTimeProfile, factor: float) -> StepTimeProfile:
     return msgspec.convert(fields | {"name": "test"}, StepTimeProfile)
 
 
-PROFILE = _faster(load_profile("h200-llama3.1-8b"), 4.0)
+PROFILE = faster(load_profile("h200-llama3.1-8b"), 4.0)
