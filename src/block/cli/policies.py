@@ -31,11 +31,12 @@ def command(*, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode(rows).decode())
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from block.metrics.tables import stdout
 
     table = Table("policy", "chooses", "needs", "options", box=None, header_style="bold", pad_edge=False)
     for row in rows:
         choices = ", ".join(f"{k}={v}" for k, v in row["options"].items())
         table.add_row(row["name"], row["description"], row["needs"], choices)
-    Console().print(table)
+    stdout().print(table)
