@@ -3,7 +3,7 @@
     python experiments/policies_tail.py [--seeds 3-7]
 
 Settings, lengths and the mooncake trace as in policies_capacity.py, whose results name the best heuristic of each setting and
-its capacity. Writes results/policies-tail.csv.
+its capacity. Writes results/policies-tail.csv, keeping the rows of settings that it does not measure.
 """
 
 import argparse
@@ -45,11 +45,13 @@ def main() -> None:
     arguments = parser.parse_args()
     first, _, last = arguments.seeds.partition("-")
     seeds, path = range(int(first), int(last or first) + 1), RESULTS / "policies-tail.csv"
-    rows: dict[tuple[str, str], list[str]] = {}
-    if arguments.again and path.exists():
+    names, rows = arguments.settings.split(","), dict[tuple[str, str], list[str]]()
+    if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            rows = {(row[0], row[2]): row for row in list(csv.reader(file))[1:]}
-    for name in arguments.settings.split(","):
+            rows = {
+                (row[0], row[2]): row for row in list(csv.reader(file))[1:] if arguments.again or row[0] not in names
+            }
+    for name in names:
         best, capacity_rps = best_heuristic(name)
         rate_rps = FRACTION * capacity_rps
         base_s = float(rows[name, best][3]) if arguments.again else 0.0
