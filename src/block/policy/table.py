@@ -55,12 +55,12 @@ def _block_harm(weight: float = 1.0) -> Policy:
 
 
 def _block(
-    belief: float = 0.4, ttft_weight: float = 5.0, preemption_s: float = 1.0, delay_s: float = 0.05, most_s: float = 10.0,
-    ahead: int = 8, blocked_s: float = 60.0, blocked_after_s: float = 1.0, near: float = 0.0,
+    belief: float = 0.4, ttft_weight: float = 5.0, delay_s: float = 0.05, most_s: float = 10.0, ahead: int = 8,
+    blocked_s: float = 60.0, blocked_after_s: float = 1.0, near: float = 0.0,
 ) -> Policy:  # fmt: skip
     if not 0 < belief < 1 or not 0 <= near < 1:
         raise ConfigError(f"belief must be between 0 and 1, not {belief}, and near from 0 to below 1, not {near}.")
-    rank = ranks.PredictedE2eGuarded(ttft_weight, preemption_s, blocked_s, blocked_after_s)
+    rank = ranks.PredictedE2eGuarded(ttft_weight, blocked_s, blocked_after_s)
     return Policy("", Everyone(), rank, Hold(delay_s, most_s, ahead), belief, near)
 
 
@@ -134,7 +134,6 @@ POLICIES: dict[str, PolicySpec] = {
     "block-paper": PolicySpec(
         "the published rule: lowest predicted E2E of all instances", _everyone(ranks.PredictedE2e)
     ),
-    "block-ttft": PolicySpec("lowest predicted TTFT of all instances", _everyone(ranks.PredictedTtft)),
     "block-harm": PolicySpec("predicted E2E plus weight (1) times the latency added to the others", _block_harm),
     "block-smallest": PolicySpec(
         "as block, but of the held the smallest leave first, until they lose patience", _block_smallest
