@@ -32,7 +32,7 @@ POLICIES = [
     "learned", "block-paper", "block",
 ]  # fmt: skip
 AFFINE = ["prefix-affinity", "consistent-hash"]
-POOLED, PACKED, KNOWING = "(pooled)", "(packed)", "(block, true lengths)"
+POOLED, PACKED, KNOWING = "(pooled)", "(packed)", "(true lengths)"
 """The hardware as one engine: first come; and with true lengths, the smallest first (`block.simulate.bound`). The hardware as
 it is, and all that can be known of lengths."""
 START = {"default": 30.5, "batch-24": 26.5, "heterogeneous": 22.5, "mooncake": 10.0}
