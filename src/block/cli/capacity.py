@@ -105,12 +105,12 @@ def command(
         return
     table = Table(
         title=f"{base.name or config.name}: capacity at {wanted.text}",
-        caption=f"{seeds} seed{'s' * (seeds > 1)}, 95 % interval",
+        caption=f"{seeds} seeds, 95 % interval" if seeds > 1 else "1 seed",
     )
     for head in ("policy", "requests/s", "interval", "against the first"):
         table.add_column(head, justify="left" if head == "policy" else "right")
     for capacity in found:
         ratio = capacity.capacity_rps / found[0].capacity_rps - 1
-        interval = f"{capacity.ci_low:.2f} - {capacity.ci_high:.2f}"
+        interval = f"{capacity.ci_low:.2f} - {capacity.ci_high:.2f}" if seeds > 1 else "-"
         table.add_row(capacity.policy, f"{capacity.capacity_rps:.2f}", interval, f"{ratio:+.1%}")
     stdout().print(table)
