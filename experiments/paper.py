@@ -26,6 +26,7 @@ from typing import Final, NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
+from block.metrics.charts import line_style, plain_decades
 from block.metrics.summary import Summary
 from block.simulate import SimulationConfig, load_config
 from block.simulate.capacity import Capacity, find_capacity, parse_criterion
@@ -243,16 +244,19 @@ def lines(
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(width * len(panels), 3.6), layout="constrained", squeeze=False
     )
-    colors: dict[str, str] = {}
+    styles: dict[str, dict[str, str]] = {}
     for ax, (y_label, series) in zip(axes[0], panels.items(), strict=True):
         for label, points in series.items():
-            color = colors.setdefault(label, f"C{len(colors) % 10}")
-            ax.plot(*zip(*points, strict=True), marker=".", linewidth=1.2, label=label, color=color)
+            style = styles.setdefault(label, line_style(len(styles)))
+            ax.plot(*zip(*points, strict=True), marker=".", linewidth=1.2, label=label, **style)
         for label, points in (marks or {}).get(y_label, {}).items():
-            ax.plot(*zip(*points, strict=True), "x", color=colors.get(label, "black"), label=f"{label}, published")
+            color = styles[label]["color"] if label in styles else "black"
+            ax.plot(*zip(*points, strict=True), "x", color=color, label=f"{label}, published")
         ax.set(xlabel=x_label, ylabel=y_label, yscale="log" if y_label in log else "linear")
         ax.grid(alpha=0.3)
-    axes[0][0].legend(fontsize="x-small")
+        if y_label in log:
+            plain_decades(ax.yaxis)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     save(figure, path)
 
 

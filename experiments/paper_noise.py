@@ -92,7 +92,10 @@ def draw(o: paper.Options, levels: list[float], found: dict[tuple[float, float],
         change = np.array([[found[a, b][name] / found[0.0, 0.0][name] - 1 for b in levels] for a in levels]) * 100
         ax.imshow(change, cmap="OrRd", origin="lower", aspect="auto")
         for i, j in np.ndindex(change.shape):
-            ax.text(j, i, f"{change[i, j]:+.1f} %", ha="center", va="center", fontsize="small")
+            dark = change[i, j] > (change.min() + change.max()) / 2
+            ax.text(
+                j, i, f"{change[i, j]:+.1f} %", ha="center", va="center", fontsize="small", color="white" if dark else "black"
+            )  # fmt: skip
         names = [f"{level:.0%}" for level in levels]
         ax.set(
             title=title,

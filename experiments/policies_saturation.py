@@ -1,11 +1,11 @@
 """How many requests/s does a saturated cluster complete? A capacity at a TTFT of seconds cannot lie much above that.
 
-    python experiments/policies_saturation.py [--seeds 3-7] [--over 1.2]
+    python experiments/policies_saturation.py [--seeds 3-7] [--over 1.2] [--settings a,b] [--policies a,b]
 
 Settings and lengths as in policies_capacity.py. Offered is ``over`` times the best capacity known; counted are the answers that
 end between a minute after the start and the last arrival, by when as many are in flight as fit. Also the same hardware as
-one engine, first come and smallest first (`block.simulate.bound`). Writes results/policies-saturation.csv, keeping the
-rows of settings that it does not measure.
+one engine, first come and smallest first (`block.simulate.bound`), and `block` with true lengths. Writes
+results/policies-saturation.csv, keeping the rows that it does not measure.
 """
 
 import argparse
@@ -17,11 +17,14 @@ import numpy as np
 from block.simulate import SimulationConfig, simulate
 from block.simulate.capacity import bootstrap_interval
 from block.simulate.sweep import varied
-from policies_capacity import PACKED, POOLED, START, of_policy, setting
+from policies_capacity import KNOWING, PACKED, POOLED, START, of_policy, setting
 
 RESULTS = Path(__file__).parent / "results"
-SETTINGS = {"default": ["llumnix-minus", "block", POOLED, PACKED], "batch-24": ["nosim", "block", POOLED, PACKED],
-            "heterogeneous": ["llumnix-minus", "block"]}  # fmt: skip
+SETTINGS = {
+    "default": ["llumnix-minus", "block", KNOWING, POOLED, PACKED],
+    "batch-24": ["nosim", "block", KNOWING, POOLED, PACKED],
+    "heterogeneous": ["llumnix-minus", "block", KNOWING],
+}
 FILLED_S = 60.0
 HEAD = ["setting", "policy", "offered_rps", "completed_rps", "ci_low", "ci_high", "per_seed"]
 
@@ -38,16 +41,18 @@ def main() -> None:
     parser.add_argument("--seeds", default="3-7")
     parser.add_argument("--over", type=float, default=1.2)
     parser.add_argument("--settings", default=",".join(SETTINGS))
+    parser.add_argument("--policies", help="only these of each setting")
     arguments = parser.parse_args()
+    only = arguments.policies.split(",") if arguments.policies else None
     first, _, last = arguments.seeds.partition("-")
     path, names = RESULTS / "policies-saturation.csv", arguments.settings.split(",")
     rows: list[list[str]] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if row[0] not in ("setting", *names)]
+            rows = [row for row in list(csv.reader(file))[1:] if row[0] not in names or (only and row[1] not in only)]
     for name in names:
         offered_rps = arguments.over * START[name]
-        for policy in SETTINGS[name]:
+        for policy in only or SETTINGS[name]:
             config = of_policy(setting(name), policy)
             found = [
                 completed_rps(varied(config, rate_rps=offered_rps, seed=seed))

@@ -2,8 +2,9 @@
 
     python experiments/policies_tail.py [--seeds 3-7]
 
-Settings, lengths and the mooncake trace as in policies_capacity.py, whose results name the best heuristic of each setting and
-its capacity. Writes results/policies-tail.csv.
+Also (idle): block at a tenth of that rate, which is what the longest prompts take by themselves. Settings, lengths and the
+mooncake trace as in policies_capacity.py, whose results name the best heuristic of each setting and its capacity. Writes
+results/policies-tail.csv, keeping the rows of settings that it does not measure.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from policies_capacity import START, setting
 RESULTS = Path(__file__).parent / "results"
 OURS = ("block", "block-paper")
 FRACTION = 0.9
+IDLE = "(idle)"
 HEAD = ["setting", "rate_rps", "policy", "ttft_p99_s", "per_seed", "against_best_heuristic"]
 
 
@@ -45,21 +47,24 @@ def main() -> None:
     arguments = parser.parse_args()
     first, _, last = arguments.seeds.partition("-")
     seeds, path = range(int(first), int(last or first) + 1), RESULTS / "policies-tail.csv"
-    rows: dict[tuple[str, str], list[str]] = {}
-    if arguments.again and path.exists():
+    names, rows = arguments.settings.split(","), dict[tuple[str, str], list[str]]()
+    if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            rows = {(row[0], row[2]): row for row in list(csv.reader(file))[1:]}
-    for name in arguments.settings.split(","):
+            rows = {
+                (row[0], row[2]): row for row in list(csv.reader(file))[1:] if arguments.again or row[0] not in names
+            }
+    for name in names:
         best, capacity_rps = best_heuristic(name)
         rate_rps = FRACTION * capacity_rps
         base_s = float(rows[name, best][3]) if arguments.again else 0.0
-        for policy in [arguments.again] if arguments.again else (best, *OURS):
-            config = varied(setting(name), policy=policy, rate_rps=rate_rps)
+        for policy in [arguments.again] if arguments.again else (best, *OURS, IDLE):
+            offered_rps = 0.1 * rate_rps if policy == IDLE else rate_rps
+            config = varied(setting(name), policy="block" if policy == IDLE else policy, rate_rps=offered_rps)
             found = [ttft_p99_s(varied(config, seed=seed)) for seed in seeds]
             mean_s = float(np.mean(found))
             base_s = base_s or mean_s
             per_seed = " ".join(f"{seconds:.2f}" for seconds in found)
-            row = [name, f"{rate_rps:.2f}", policy, f"{mean_s:.2f}", per_seed, f"{mean_s / base_s - 1:+.0%}"]
+            row = [name, f"{offered_rps:.2f}", policy, f"{mean_s:.2f}", per_seed, f"{mean_s / base_s - 1:+.0%}"]
             rows[name, policy] = row
             print("  ".join(row), flush=True)
             with path.open("w", newline="", encoding="utf-8") as out:

@@ -68,6 +68,7 @@ class Online:
         self.pool, curve = pool, PROFILE.curve(1.0, LIMITS)
         self.engines = [Engine(LIMITS, curve) for _ in IDS]
         self.recorders = [Recorder(engine) for engine in self.engines]
+        self.sequences: list[list[Sequence]] = [[] for _ in IDS]
         for instance in pool.instances.values():
             instance.state = State.READY
             evidence = Evidence(instance.id, self.decider.expectations, stale_after_s=60, unseen_after_s=5)
@@ -78,6 +79,11 @@ class Online:
         for i, engine, recorder in zip(IDS, self.engines, self.recorders, strict=True):
             engine.advance(now_s)
             self.decider.evidence[i].take_frame(recorder.capture(now_s), now_s)
+            for sequence in self.sequences[IDS.index(i)]:
+                if (
+                    sequence.finished_s >= 0
+                ):  # its answer ended: one that came and went between two snapshots is over too
+                    self.decider.evidence[i].ended(sequence.key)
         return self.decider.decide(exchange, self.decider.policy_for(exchange), IDS)
 
     def send(self, exchange: Any, output: int, to: InstanceId, now_s: float) -> None:
@@ -87,6 +93,7 @@ class Online:
         sequence = Sequence(request.id, request.prompt_tokens, most, output, arrived_s=now_s)
         sequence.key = request_key(request.id)
         self.engines[IDS.index(to)].add(sequence, now_s)
+        self.sequences[IDS.index(to)].append(sequence)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +102,8 @@ class Online:
 def test_online_and_in_simulation_the_same_states_lead_to_the_same_decisions(
     policy: str, noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over a run into saturation. With lengths known all predictions are equal. With uncertain ones nearly all: a scheduler
-    does not show the token in flight, and where that flips a preemption predictions part."""
+    """Over a run into saturation. Nearly all predictions are equal: a scheduler does not show the token in flight, and where that
+    flips a preemption predictions part."""
     clock = SimpleNamespace(now_s=0.0)
     monkeypatch.setattr("block.gateway.deciding.decider.time.time", lambda: clock.now_s)
     rng = Random(5)
@@ -123,7 +130,7 @@ def test_online_and_in_simulation_the_same_states_lead_to_the_same_decisions(
             same -= ours.instance == theirs.instance and holds(hold, ours, 0.0) != holds(hold, theirs, 0.0)
         offline.send(request, estimate, output, ours.instance, now_s)
         online.send(exchange, output, ours.instance, now_s)
-    least = 0.95 if noise == 0 else 0.85
+    least = 0.97 if noise == 0 else 0.95
     assert close >= least * asked
     assert same >= least * len(lengths)
     assert hold is None or held > 5

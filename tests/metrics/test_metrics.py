@@ -9,7 +9,7 @@ from rich.console import Console
 from block.core import Slo
 from block.errors import BadInputError, ConfigError
 from block.metrics import Row, finished_row, read_rows, row_writer, summarize, write_rows
-from block.metrics.charts import latency_chart
+from block.metrics.charts import latency_chart, line_style
 from block.metrics.tables import summary_json, summary_table
 
 
@@ -150,6 +150,11 @@ def test_a_chart_is_drawn_by_its_suffix(tmp_path: Path, suffix: str) -> None:
         {"a": [done(n) for n in range(9)], "b": [done(n, ttft_s=0.2) for n in range(9)], "c": []}, path, "title"
     )
     assert path.read_bytes().startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+
+
+def test_as_many_lines_as_there_are_policies_are_told_apart() -> None:
+    styles = [tuple(line_style(number).values()) for number in range(40)]
+    assert len(set(styles)) == 40
 
 
 def test_a_chart_of_another_kind_is_refused(tmp_path: Path) -> None:

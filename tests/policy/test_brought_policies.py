@@ -1,11 +1,15 @@
 """Policies that other installed packages bring: found by name, listed, and a clear error where one is no use."""
 
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 import pytest
+from click.testing import CliRunner
 
+from block.cli.policies import command
 from block.core import Candidate, InstanceId, Load, Request
 from block.errors import ConfigError, UnknownNameError
 from block.policy import decide, make_policy, policy_from, policy_names
@@ -72,3 +76,17 @@ def test_one_that_is_no_use_is_said_in_a_sentence() -> None:
         make_policy("gone")
     with pytest.raises(UnknownNameError, match="busiest"):
         make_policy("no-such-policy")
+
+
+@pytest.mark.usefixtures("package")
+def test_one_that_is_no_use_here_hides_none_of_the_others_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightgbm", None)
+    rows = {row["name"]: row for row in json.loads(CliRunner().invoke(command, ["--json"]).stdout)}
+    assert list(rows) == policy_names()
+    assert rows["block"]["needs"] == "prediction"
+    assert rows["busiest"]["options"] == {"weight": 1}
+    assert "is not a PolicySpec" in rows["wrong"]["unavailable"]
+    assert "pip install block-llm[learned]" in rows["learned"]["unavailable"]
+    table = CliRunner().invoke(command, [])
+    assert table.exit_code == 0
+    assert "busiest" in table.stdout

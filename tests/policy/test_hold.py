@@ -23,8 +23,8 @@ def decision(delay_s: float | None, preemptions: int = 0) -> Decision:
         (Hold(delay_s=0.5), decision(0.6), 0.0, True),
         (Hold(delay_s=0.5), decision(0.4), 0.0, False),
         (Hold(delay_s=0.5, most_s=3.0), decision(9.0), 3.0, False),
-        (Hold(delay_s=None, preemptions=2), decision(9.0, 1), 0.0, False),
-        (Hold(delay_s=None, preemptions=2), decision(0.0, 2), 0.0, True),
+        (Hold(delay_s=0.5), decision(0.0, preemptions=1), 0.0, True),
+        (Hold(delay_s=0.5, most_s=3.0), decision(0.0, preemptions=1), 3.0, False),
         (Hold(delay_s=0.0), decision(None), 0.0, False),
     ],
 )

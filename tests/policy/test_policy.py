@@ -130,9 +130,7 @@ def test_ranks_by_load_follow_their_formulas(name: str, good: Load, bad: Load) -
         ("block", prediction(3.0), prediction(1.0, ttft_s=1.0)),  # 3 against 1 + 5 x 0.5
         ("block-slo", prediction(3.0), prediction(1.0, ttft_s=1.0)),  # without targets as block
         ("block-paper", prediction(1.0, preemptions=5), prediction(1.1)),
-        ("block-ttft", prediction(2.0, ttft_s=0.1), prediction(1.0, ttft_s=0.2)),
-        ("block-preemptions", prediction(1.4), prediction(1.0, preemptions=1)),
-        ("block", prediction(1.9), prediction(1.0, preemptions=1)),
+        ("block", prediction(50.0), prediction(1.0, preemptions=1)),  # guarded: whatever pushes another out comes last
         ("block-harm", prediction(1.4, harm_s=0.0), prediction(1.0, harm_s=0.5)),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,8 +75,16 @@ def test_losing_requests_is_not_capacity() -> None:
     def losing(configs: Sequence[SimulationConfig]) -> list[Summary]:
         return [msgspec.structs.replace(s, requests=10, finished=9, ttft_s_p99=0.1) for s in pretended(configs)]
 
-    with pytest.raises(ConfigError, match="No capacity between"):
+    with pytest.raises(ConfigError, match="does not hold even at"):
         find_capacity(SimulationConfig(), parse_criterion("ttft_p99<=3"), [1], losing)
+
+
+def test_a_criterion_that_holds_everywhere_has_no_capacity() -> None:
+    def idle(configs: Sequence[SimulationConfig]) -> list[Summary]:
+        return [msgspec.structs.replace(s, ttft_s_p99=0.1) for s in pretended(configs)]
+
+    with pytest.raises(ConfigError, match="ttft_p99<=3 still holds at"):
+        find_capacity(SimulationConfig(), parse_criterion("ttft_p99<=3"), [1], idle)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +125,9 @@ def test_the_shipped_paper_setting_is_what_the_paper_states() -> None:
         (SMALL.replace("count = 2", "count = 0"), "count of at least 1"),
         (SMALL.replace("count = 2", "count = 2\nlimits = {block_size = 0}"), "block_size must be at least 1"),
         (SMALL + "[[failures]]\ninstance = 7\nat_s = 1\nfor_s = 1\n", "no instance 7"),
+        (SMALL + "[[failures]]\ninstance = 1\nat_s = -1\nfor_s = 1\n", "at_s and detection_s of at least 0"),
+        (SMALL + "[[failures]]\ninstance = 1\nat_s = 1\nfor_s = 0\n", "for_s above 0"),
+        (SMALL.replace("ttft_s = 1.0", "ttft_s = -1.0"), "are seconds above 0"),
         ("instances = []\n", "at least one"),
         ("seed = -1\n" + SMALL, "must not be negative"),
         (SMALL.replace("requests = 60", "requests = -5"), "at least 1 request"),
@@ -138,6 +150,8 @@ def test_a_configuration_that_cannot_be_read_is_one_clear_sentence(tmp_path: Pat
     with pytest.raises(BadInputError, match="There is no file"):
         load_config(tmp_path / "none.toml")
     (tmp_path / "c.toml").write_text("[workload")
+    with pytest.raises(BadInputError, match="cannot be read"):
+        load_config(tmp_path)
     with pytest.raises(BadInputError, match="is not TOML"):
         load_config(tmp_path / "c.toml")
 
@@ -164,7 +178,9 @@ def test_simulate_prints_summaries_and_writes_rows(small: Path) -> None:
     ]
     result = CliRunner().invoke(simulate_cli.command, arguments)
     assert result.exit_code == 0, result.output
-    summaries = json.loads(result.stdout)["policies"]
+    printed = json.loads(result.stdout)
+    assert (printed["name"], printed["seed"], printed["rate_rps"]) == ("small", 1, 5.0)
+    summaries = printed["policies"]
     assert summaries["random"]["requests"] == summaries["block-k:k=2"]["requests"] == 54
     assert summaries["random"]["slo_attainment_fraction"] is not None
     assert len(read_rows(out)) == 120
@@ -180,6 +196,37 @@ def test_capacity_prints_what_it_found(small: Path) -> None:
     found = json.loads(result.stdout)
     assert found["ci_low"] <= found["capacity_rps"] <= found["ci_high"]
     assert (found["criterion"], found["seeds"], found["policy"]) == ("ttft_p99<=0.2", [1, 2], "block")
+
+
+def test_a_cluster_that_never_fills_is_said_to_be_so(small: Path) -> None:
+    small.write_text(SMALL.replace("count = 2", "count = 2\nlimits = {max_num_seqs = 2}"))
+    arguments = ["--config", str(small), "--seeds", "1", "--jobs", "1", "--tolerance", "0.5", "--policy", "random"]
+    result = CliRunner().invoke(capacity_cli.command, [*arguments, "--requests", "6", "--criterion", "ttft_p99<=0.1"])
+    assert result.exit_code == 0, result.output
+    assert "6 requests come within" in result.stderr
+    assert "1 seed" in result.stdout
+    assert "interval" not in result.stdout.splitlines()[-1]  # one seed has none
+
+
+def test_what_cannot_be_is_said_before_anything_is_simulated(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("simulated")
+
+    monkeypatch.setattr("block.simulate.simulate", never)
+    monkeypatch.setattr("block.simulate.capacity.find_capacity", never)
+    one, two = [str(small)], ["--config", str(small)]
+    small.write_text(SMALL.replace("count = 2", "count = 2\n[[instances]]\nspeed = 0.5"))
+    for program, arguments, said in (
+        (simulate_cli, [*one, "--policy", "random", "--policy", "best"], "no policy named 'best'"),
+        (simulate_cli, [*one, "--out", "rows.txt"], r"\.csv or \.parquet"),
+        (simulate_cli, [*one, "--requests", "0"], "at least 1 request"),
+        (simulate_cli, [*one, "--chart", str(small.parent / "no" / "c.svg")], "does not exist"),
+        (capacity_cli, [*two, "--pooled"], "Only equal instances"),
+        (capacity_cli, [*two, "--requests", "-1"], "at least 1 request"),
+    ):
+        result = CliRunner().invoke(program.command, arguments)
+        assert isinstance(result.exception, UserError), result.output
+        assert re.search(said, str(result.exception))
 
 
 def test_compare_prints_every_policy_at_every_rate(small: Path) -> None:
@@ -198,6 +245,18 @@ def test_compare_prints_every_policy_at_every_rate(small: Path) -> None:
     assert chart.exists()
     table = CliRunner().invoke(compare_cli.command, [*arguments, "--jobs", "1"])
     assert "small, 2 seeds" in table.stdout
+    assert "SLO met" in table.stdout
+    assert table.stderr == ""
+
+
+def test_compare_takes_fewer_requests_and_shows_no_column_without_targets(small: Path) -> None:
+    small.write_text(SMALL[: SMALL.index("[slo]")])
+    arguments = ["--config", str(small), "--policy", "random", "--rates", "4", "--requests", "20", "--jobs", "1"]
+    table = CliRunner().invoke(compare_cli.command, arguments)
+    assert "small, 1 seed" in table.stdout
+    assert "SLO met" not in table.stdout
+    cells = json.loads(CliRunner().invoke(compare_cli.command, [*arguments, "--json"]).stdout)
+    assert cells[0]["figures"]["requests"] == 18  # a tenth is warm-up
 
 
 @pytest.mark.parametrize("rates", ["fast", "3:1:1", "1:2", "0,1", "1:2:0", "1:2:nan", "1:1e9:0.001"])

@@ -1,8 +1,15 @@
 """``block capacity``: the highest rate at which a criterion holds, by simulation."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import click
+
+if TYPE_CHECKING:
+    from block.metrics.summary import Summary
+
+ANSWERS_MIN: Final = 3
+"""A run shorter than so many mean answers says nothing of a load that lasts."""
 
 
 @click.command()
@@ -12,6 +19,7 @@ import click
 @click.option(
     "--seeds", default=5, show_default=True, type=click.IntRange(1), help="How many, from the configured one on."
 )
+@click.option("--requests", type=int, help="Of one run, instead of the configured number.")
 @click.option("--tolerance", default=0.01, show_default=True, help="Width of the last bracket, as a fraction.")
 @click.option("--pooled", is_flag=True, help="Also the same hardware as one engine: what perfect balance would give.")
 @click.option("--jobs", type=click.IntRange(1), help="Processes [one a core].")
@@ -28,6 +36,7 @@ def command(
     policies: tuple[str, ...],
     criterion: str,
     seeds: int,
+    requests: int | None,
     tolerance: float,
     pooled: bool,
     jobs: int | None,
@@ -47,44 +56,61 @@ def command(
     import json
 
     import msgspec
-    from rich.console import Console
-    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TextColumn, TimeElapsedColumn
     from rich.table import Table
 
+    from block.cli.terminal import progress as progress_bar
+    from block.metrics.tables import stdout
     from block.policy import policy_from
     from block.simulate import load_config
     from block.simulate.bound import pooled as pooled_cluster
     from block.simulate.capacity import find_capacity, parse_criterion
     from block.simulate.sweep import runner, varied
 
-    wanted, base = parse_criterion(criterion), load_config(config)
+    wanted, base = parse_criterion(criterion), varied(load_config(config), requests=requests)
     for policy in policies:
         policy_from(policy)
+    perfect = pooled_cluster(base) if pooled else None
     numbers = list(range(base.seed, base.seed + seeds))
     columns = (TextColumn("{task.description}: {task.completed} runs"), TimeElapsedColumn())
     found = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    answers_s = [0.0]
+
+    def done(summary: "Summary") -> None:
+        progress.advance(bar)
+        answers_s.append(summary.e2e_s_mean or 0.0)
+
+    with progress_bar(*columns) as progress:
         bar = progress.add_task("searching", total=None)
-        with runner(jobs, lambda _: progress.advance(bar), executor) as run_all:
+        with runner(jobs, done, executor) as run_all:
             for policy in policies or (base.policy,):
                 progress.update(bar, description=policy)
                 one = varied(base, policy=policy)
                 found.append(find_capacity(one, wanted, numbers, run_all, tolerance=tolerance))
-            if pooled:
-                progress.update(bar, description="pooled")
-                perfect = find_capacity(pooled_cluster(base), wanted, numbers, run_all, tolerance=tolerance)
-                found.append(msgspec.structs.replace(perfect, policy="(pooled)"))
+            if perfect is not None:
+                progress.update(bar, description="(pooled)")
+                reference = find_capacity(perfect, wanted, numbers, run_all, tolerance=tolerance)
+                found.append(msgspec.structs.replace(reference, policy="(pooled)"))
+    if (count := base.workload.requests) is not None:
+        come_s = count / min(one.capacity_rps for one in found)
+        if come_s < ANSWERS_MIN * max(answers_s):
+            click.echo(
+                f"block: {count:,} requests come within {come_s:.0f} s at that rate, while an answer takes up to "
+                f"{max(answers_s):.0f} s: the cluster never filled. Give more with --requests.",
+                err=True,
+            )
     if as_json:
         built = [msgspec.to_builtins(one) for one in found]
         click.echo(json.dumps(built[0] if len(built) == 1 else built))
         return
     table = Table(
-        title=f"{base.name or config.name}: capacity at {wanted.text}", caption=f"{seeds} seeds, 95 % interval"
+        title=f"{base.name or config.name}: capacity at {wanted.text}",
+        caption=f"{seeds} seeds, 95 % interval" if seeds > 1 else "1 seed",
     )
     for head in ("policy", "requests/s", "interval", "against the first"):
         table.add_column(head, justify="left" if head == "policy" else "right")
     for capacity in found:
         ratio = capacity.capacity_rps / found[0].capacity_rps - 1
-        interval = f"{capacity.ci_low:.2f} - {capacity.ci_high:.2f}"
+        interval = f"{capacity.ci_low:.2f} - {capacity.ci_high:.2f}" if seeds > 1 else "-"
         table.add_row(capacity.policy, f"{capacity.capacity_rps:.2f}", interval, f"{ratio:+.1%}")
-    Console().print(table)
+    stdout().print(table)

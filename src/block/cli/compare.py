@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @click.option(
     "--seeds", default=1, show_default=True, type=click.IntRange(1), help="How many, from the configured one on."
 )
+@click.option("--requests", type=int, help="Of one run, instead of the configured number.")
 @click.option("--jobs", type=click.IntRange(1), help="Processes [one a core].")
 @click.option(
     "--executor",
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw the curves: .png or .svg.")
 @click.option("--json", "as_json", is_flag=True, help="Print the cells as JSON.")
 def command(
-    config: Path, policies: tuple[str, ...], rates: str, seeds: int, jobs: int | None, executor: str, out: Path | None,
-    chart: Path | None, as_json: bool,
+    config: Path, policies: tuple[str, ...], rates: str, seeds: int, requests: int | None, jobs: int | None, executor: str,
+    out: Path | None, chart: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Run every policy at every rate, with the same requests, and show the means over the seeds.
 
@@ -44,18 +45,18 @@ def command(
     import json
 
     import msgspec
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
+    from block.cli.terminal import progress as progress_bar
     from block.errors import ConfigError
     from block.metrics.charts import check_chart_path
     from block.metrics.tables import stdout
     from block.policy import policy_from
     from block.simulate import load_config
     from block.simulate.compare import compare, curves, write_cells
-    from block.simulate.sweep import runner
+    from block.simulate.sweep import runner, varied
 
-    base, rates_rps = load_config(config), _rates(rates)
+    base, rates_rps = varied(load_config(config), requests=requests), _rates(rates)
     for policy in policies:
         policy_from(policy)
     if chart is not None:
@@ -63,14 +64,14 @@ def command(
     if out is not None and (out.suffix != ".csv" or not out.parent.is_dir()):
         raise ConfigError(f"The table is written as .csv into a folder that exists, not {out}.")
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with progress_bar(*columns) as progress:
         bar = progress.add_task("simulated", total=len(policies) * len(rates_rps) * seeds)
         with runner(jobs, lambda _: progress.advance(bar), executor) as run_all:
             cells = compare(base, policies, rates_rps, range(base.seed, base.seed + seeds), run_all)
     if out is not None:
         write_cells(out, cells)
     if chart is not None:
-        curves(chart, cells, base.name)
+        curves(chart, cells, f"{base.name or config.stem}, {_seeds(seeds)}")
     if as_json:
         click.echo(json.dumps([msgspec.to_builtins(cell) for cell in cells]))
     else:
@@ -97,23 +98,41 @@ def _rates(text: str) -> list[float]:
     return found
 
 
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count > 1)}"
+
+
 def _table(cells: "list[Cell]", title: str, seeds: int) -> "Table":
     from rich.table import Table
 
-    shown = (
+    from block.metrics.tables import seconds
+
+    latencies = (
         ("TTFT mean", "ttft_s_mean"), ("P50", "ttft_s_p50"), ("P99", "ttft_s_p99"), ("E2E mean", "e2e_s_mean"),
-        ("P99", "e2e_s_p99"), ("preempted", "preemptions"), ("SLO met", "slo_attainment_fraction"),
+        ("P99", "e2e_s_p99"),
     )  # fmt: skip
-    table = Table(title=f"{title}, {seeds} seeds", caption="seconds; means over the seeds")
+    targets = any(cell.figures["slo_attainment_fraction"] is not None for cell in cells)
+    table = Table(
+        title=f"{title}, {_seeds(seeds)}",
+        caption="latencies in seconds; means over the seeds; bold: the best at a rate",
+    )
     table.add_column("requests/s", justify="right")
     table.add_column("policy", no_wrap=True)
-    for head, _ in shown:
+    for head in (*(head for head, _ in latencies), "preempted", *(["SLO met"] if targets else [])):
         table.add_column(head, justify="right")
-    before = None
-    for cell in cells:
-        if before not in (None, cell.rate_rps):
-            table.add_section()
-        before = cell.rate_rps
-        figures = [cell.figures[name] for _, name in shown]
-        table.add_row(f"{cell.rate_rps:g}", cell.policy, *("-" if v is None else f"{v:.4g}" for v in figures))
+    for rate_rps in dict.fromkeys(cell.rate_rps for cell in cells):
+        table.add_section()
+        peers = [cell for cell in cells if cell.rate_rps == rate_rps]
+        best = {
+            name: min((v for cell in peers if (v := cell.figures[name]) is not None), default=None)
+            for _, name in latencies
+        }
+        for cell in peers:
+            preempted, met = cell.figures["preemptions"], cell.figures["slo_attainment_fraction"]
+            table.add_row(
+                f"{rate_rps:g}", cell.policy,
+                *(seconds(cell.figures[name], best[name] if len(peers) > 1 else None) for _, name in latencies),
+                "-" if preempted is None else f"{preempted:.0f}",
+                *(["-" if met is None else f"{met:.1%}"] if targets else []),
+            )  # fmt: skip
     return table

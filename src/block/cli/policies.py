@@ -20,22 +20,29 @@ def command(*, as_json: bool) -> None:
 
     import msgspec
 
+    from block.errors import UserError
     from block.policy.table import make_policy, policy_names, policy_spec
 
     rows: list[dict[str, Any]] = []
     for name in policy_names():
-        spec = policy_spec(name)
-        options = {option: p.default for option, p in inspect.signature(spec.make).parameters.items()}
-        needs = make_policy(name).rank.needs.name.lower()
-        rows.append({"name": name, "description": spec.description, "needs": needs, "options": options})
+        row: dict[str, Any] = {"name": name, "description": "", "needs": None, "options": {}, "unavailable": None}
+        try:
+            spec = policy_spec(name)
+            row["description"] = spec.description
+            row["options"] = {option: p.default for option, p in inspect.signature(spec.make).parameters.items()}
+            row["needs"] = make_policy(name).rank.needs.name.lower()
+        except UserError as error:  # one that cannot be used here hides none of the others
+            row["unavailable"] = str(error)
+        rows.append(row)
     if as_json:
         click.echo(msgspec.json.encode(rows).decode())
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from block.metrics.tables import stdout
 
     table = Table("policy", "chooses", "needs", "options", box=None, header_style="bold", pad_edge=False)
     for row in rows:
         choices = ", ".join(f"{k}={v}" for k, v in row["options"].items())
-        table.add_row(row["name"], row["description"], row["needs"], choices)
-    Console().print(table)
+        table.add_row(row["name"], row["unavailable"] or row["description"], row["needs"] or "-", choices)
+    stdout().print(table)

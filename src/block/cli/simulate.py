@@ -28,23 +28,24 @@ def command(
     """
     import json
 
-    import msgspec
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from block.cli.terminal import progress as progress_bar
     from block.metrics import row_writer, summarize
     from block.metrics.charts import check_chart_path, latency_chart
+    from block.metrics.row import check_rows_path
     from block.metrics.tables import stdout, summary_json, summary_table
+    from block.policy import policy_from
     from block.simulate import load_config, simulate
     from block.simulate.sweep import varied
 
     if chart is not None:
         check_chart_path(chart)
-    base = varied(load_config(config), rate_rps=rate_rps, seed=seed)
-    if requests is not None:
-        base = msgspec.structs.replace(base, workload=msgspec.structs.replace(base.workload, requests=requests))
+    if out is not None:
+        check_rows_path(out)
+    base = varied(load_config(config), rate_rps=rate_rps, seed=seed, requests=requests)
+    for policy in policies:
+        policy_from(policy)
     rows_of = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         for policy in policies or (base.policy,):
             bar = progress.add_task(policy, total=None)
 
@@ -61,7 +62,8 @@ def command(
         latency_chart(rows_of, chart, base.name)
     summaries = {p: summarize(rows, base.slo, warmup_fraction=base.warmup_fraction) for p, rows in rows_of.items()}
     if as_json:
-        click.echo(json.dumps({"name": base.name, "policies": {p: summary_json(s) for p, s in summaries.items()}}))
+        shown = {"name": base.name, "seed": base.seed, "rate_rps": base.workload.rate_rps}
+        click.echo(json.dumps({**shown, "policies": {p: summary_json(s) for p, s in summaries.items()}}))
     else:
         rate = "" if base.workload.rate_rps is None else f", {base.workload.rate_rps:g} requests/s"
         stdout().print(summary_table(summaries, f"{base.name or config.name}{rate}, seed {base.seed}"))

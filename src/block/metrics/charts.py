@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from block.errors import ConfigError
 from block.metrics.row import Row
@@ -29,9 +30,13 @@ def latency_chart(rows_of: Mapping[str, Sequence[Row]], path: Path, title: str =
             seconds = sorted(v for row in rows if (v := getattr(row, name)) is not None)
             if not seconds:
                 continue
-            curve.plot(seconds, [(i + 1) / len(seconds) for i in range(len(seconds))], label=policy, color=f"C{number}")
-            bars.barh(number, percentile(seconds, 99), color=f"C{number}")
+            fractions = [(i + 1) / len(seconds) for i in range(len(seconds))]
+            curve.plot(seconds, fractions, label=policy, **line_style(number))
+            bar = bars.barh(number, percentile(seconds, 99), color=line_style(number)["color"])
+            bars.bar_label(bar, fmt="%.3g", padding=3)
         curve.set(xscale="log", xlabel=f"{label}, seconds", ylabel="fraction of requests", ylim=(0, 1))
+        plain_decades(curve.xaxis)
+        bars.margins(x=0.15)
         curve.grid(alpha=0.3)
         bars.set_yticks(range(len(rows_of)), list(rows_of))
         bars.invert_yaxis()
@@ -40,6 +45,19 @@ def latency_chart(rows_of: Mapping[str, Sequence[Row]], path: Path, title: str =
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def line_style(number: int) -> dict[str, str]:
+    """Colour and dashes of the line with this number: forty are told apart."""
+    return {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
+
+
+def plain_decades(axis: Any) -> None:
+    """Mark a logarithmic axis at 1, 2 and 5 of every decade, in plain numbers."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
 
 
 def check_chart_path(path: Path) -> None:

@@ -83,13 +83,18 @@ def row_writer(path: Path) -> RowWriter:
     Raises:
         ConfigError: another suffix, a folder that does not exist, or Parquet without pyarrow.
     """
+    check_rows_path(path)
+    return _CsvWriter(path) if path.suffix == ".csv" else _ParquetWriter(path)
+
+
+def check_rows_path(path: Path) -> None:
+    """Say before a long run that its rows could not be written; errors as ``row_writer``."""
     if not path.parent.is_dir():
         raise ConfigError(f"The folder {path.parent} does not exist.")
-    if path.suffix == ".csv":
-        return _CsvWriter(path)
+    if path.suffix not in (".csv", ".parquet"):
+        raise ConfigError(f"Rows are written as .csv or .parquet, not {path.name}.")
     if path.suffix == ".parquet":
-        return _ParquetWriter(path)
-    raise ConfigError(f"Rows are written as .csv or .parquet, not {path.name}.")
+        _pyarrow()
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

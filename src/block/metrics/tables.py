@@ -32,7 +32,7 @@ def summary_table(summaries: Mapping[str, Summary], title: str | None = None, *,
     for label, summary in summaries.items():
         table.add_row(
             label,
-            *(_seconds(getattr(summary, name), best[name] if len(summaries) > 1 else None) for _, name in _SECONDS),
+            *(seconds(getattr(summary, name), best[name] if len(summaries) > 1 else None) for _, name in _SECONDS),
             "-" if summary.tpot_s_mean is None else f"{summary.tpot_s_mean * 1000:.1f}",
             "-" if summary.preemptions is None else str(summary.preemptions),
             str(summary.failed + summary.rejected),
@@ -57,7 +57,8 @@ def _percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{fraction:.1%}"
 
 
-def _seconds(value: float | None, best: float | None) -> str:
+def seconds(value: float | None, best: float | None) -> str:
+    """A latency as a cell: bold if it is the best one, a dash if there is none."""
     if value is None:
         return "-"
     text = f"{value:.3f}" if value < 10 else f"{value:.1f}"

@@ -17,17 +17,16 @@ IDLE_S: Final = 0.1
 
 
 class Hold(NamedTuple):
-    """Keep a request while the best instance's prediction says so, for at most ``most_s`` seconds.
+    """Keep a request, for at most ``most_s`` seconds, while even on the best instance it is predicted to wait for more than
+    ``delay_s`` or to push another one out.
 
-    ``delay_s``: a predicted queue delay above it holds; ``preemptions``: as many foreseen or more hold; ``None``: does not
-    matter. ``ahead``: how many held requests may be tried behind one that does not go yet (0: strictly first come);
+    ``ahead``: how many held requests may be tried behind one that does not go yet (0: strictly first come);
     ``tick_s``: how often they are tried; ``queue_max``: beyond that many held, requests are sent at once. ``by_size``: the
     smallest first, until one has waited ``patience_s`` (or half of its own TTFT target): those go before all
     others, in the order in which they came.
     """
 
-    delay_s: float | None = 0.1
-    preemptions: int | None = None
+    delay_s: float = 0.05
     most_s: float = 10.0
     ahead: int = 0
     tick_s: float = 0.02
@@ -41,9 +40,7 @@ def holds(hold: Hold, decision: Decision, held_s: float) -> bool:
     prediction = prediction_of(decision)
     if prediction is None or held_s >= hold.most_s:
         return False
-    if hold.delay_s is not None and prediction.queue_delay_s > hold.delay_s:
-        return True
-    return hold.preemptions is not None and prediction.preemptions >= hold.preemptions
+    return prediction.queue_delay_s > hold.delay_s or prediction.preemptions > 0
 
 
 def prediction_of(decision: Decision) -> Prediction | None:

@@ -157,59 +157,28 @@ class PredictedE2e(Rank):
         return None if candidate.prediction is None else candidate.prediction.e2e_s
 
 
-class PredictedTtft(Rank):
-    """Predicted time to first token of the new request."""
-
-    needs: ClassVar = Evidence.PREDICTION
-    prefix: ClassVar = True
-
-    def cost(self, request: Request, candidate: Candidate) -> float | None:
-        return None if candidate.prediction is None else candidate.prediction.ttft_s
-
-
-class PredictedE2eAndPreemptions(Rank):
-    """Predicted E2E plus a price in seconds for every preemption that the what-if foresees on the instance."""
-
-    needs: ClassVar = Evidence.PREDICTION
-    prefix: ClassVar = True
-
-    def __init__(self, preemption_s: float) -> None:
-        if preemption_s < 0:
-            raise ConfigError(f"preemption_s must not be negative, not {preemption_s}.")
-        self.preemption_s = preemption_s
-
-    def cost(self, request: Request, candidate: Candidate) -> float | None:
-        prediction = candidate.prediction
-        if prediction is None:
-            return None
-        return prediction.e2e_s + self.preemption_s * prediction.preemptions
-
-
 class PredictedE2eGuarded(Rank):
     """Predicted E2E, with a price on what others pay for it.
 
     ``ttft_weight`` seconds for each second of predicted TTFT: who waits in a fast instance's queue while a slow one idles gains
-    less than those behind it lose, and E2E alone crowds fast instances (selfish routing). ``preemption_s`` for each preemption
-    foreseen (recomputation is lost throughput), and ``blocked_s`` where the request could not start within ``blocked_after_s`` or
-    would push another out: a slow instance with room comes before a fast one without.
+    less than those behind it lose, and E2E alone crowds fast instances (selfish routing). ``blocked_s`` where the request could
+    not start within ``blocked_after_s`` or would push another out, whose recomputation is lost throughput: a slow instance
+    with room comes before a fast one without.
     """
 
     needs: ClassVar = Evidence.PREDICTION
     prefix: ClassVar = True
 
-    def __init__(
-        self, ttft_weight: float, preemption_s: float, blocked_s: float = 0.0, blocked_after_s: float = 0.0
-    ) -> None:
-        if min(ttft_weight, preemption_s, blocked_s, blocked_after_s) < 0:
-            raise ConfigError("ttft_weight, preemption_s, blocked_s and blocked_after_s must not be negative.")
-        self.ttft_weight, self.preemption_s = ttft_weight, preemption_s
-        self.blocked_s, self.blocked_after_s = blocked_s, blocked_after_s
+    def __init__(self, ttft_weight: float, blocked_s: float, blocked_after_s: float) -> None:
+        if min(ttft_weight, blocked_s, blocked_after_s) < 0:
+            raise ConfigError("ttft_weight, blocked_s and blocked_after_s must not be negative.")
+        self.ttft_weight, self.blocked_s, self.blocked_after_s = ttft_weight, blocked_s, blocked_after_s
 
     def cost(self, request: Request, candidate: Candidate) -> float | None:
         prediction = candidate.prediction
         if prediction is None:
             return None
-        cost = prediction.e2e_s + self.ttft_weight * prediction.ttft_s + self.preemption_s * prediction.preemptions
+        cost = prediction.e2e_s + self.ttft_weight * prediction.ttft_s
         blocked = prediction.preemptions > 0 or prediction.queue_delay_s > self.blocked_after_s
         return cost + self.blocked_s if blocked else cost
 
@@ -223,8 +192,10 @@ class PredictedSlack(Rank):
 
     needs: ClassVar = Evidence.PREDICTION
     prefix: ClassVar = True
+    MISSED_MAX: ClassVar = 10.0
+    """Beyond this multiple of its target a request is lost anyway."""
 
-    def __init__(self, miss_s: float, margin: float, otherwise: "PredictedE2eGuarded") -> None:
+    def __init__(self, miss_s: float, margin: float, otherwise: PredictedE2eGuarded) -> None:
         if miss_s < 0 or not 0 <= margin < 1:
             raise ConfigError("miss_s must not be negative and margin be in [0, 1).")
         self.miss_s, self.margin, self.otherwise = miss_s, margin, otherwise
@@ -241,9 +212,6 @@ class PredictedSlack(Rank):
                 aim_s = max(target_s * (1 - self.margin), 1e-6)
                 missed += min(max(predicted_s / aim_s - 1, 0.0), self.MISSED_MAX)
         return cost + self.miss_s * missed
-
-    MISSED_MAX: ClassVar = 10.0
-    """Beyond this multiple of its target a request is lost anyway."""
 
 
 class PredictedHarm(Rank):

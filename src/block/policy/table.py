@@ -50,31 +50,24 @@ def _block_k(k: int = 2) -> Policy:
     return Policy("", RandomSubset(k), ranks.PredictedE2e())
 
 
-def _block_preemptions(preemption_s: float = 0.5) -> Policy:
-    return Policy("", Everyone(), ranks.PredictedE2eAndPreemptions(preemption_s))
-
-
 def _block_harm(weight: float = 1.0) -> Policy:
     return Policy("", Everyone(), ranks.PredictedHarm(weight))
 
 
 def _block(
-    belief: float = 0.4, ttft_weight: float = 5.0, preemption_s: float = 1.0,
-    delay_s: float = 0.05, most_s: float = 10.0, ahead: int = 8, by_size: int = 0, patience_s: float = 1.0,
+    belief: float = 0.4, ttft_weight: float = 5.0, delay_s: float = 0.05, most_s: float = 10.0, ahead: int = 8,
     blocked_s: float = 60.0, blocked_after_s: float = 1.0, near: float = 0.0,
 ) -> Policy:  # fmt: skip
     if not 0 < belief < 1 or not 0 <= near < 1:
         raise ConfigError(f"belief must be between 0 and 1, not {belief}, and near from 0 to below 1, not {near}.")
-    rank = ranks.PredictedE2eGuarded(ttft_weight, preemption_s, blocked_s, blocked_after_s)
-    hold = Hold(
-        delay_s=delay_s,
-        preemptions=1,
-        most_s=most_s,
-        ahead=ahead,
-        by_size=bool(by_size),
-        patience_s=patience_s,
-    )
-    return Policy("", Everyone(), rank, hold, belief, near)
+    rank = ranks.PredictedE2eGuarded(ttft_weight, blocked_s, blocked_after_s)
+    return Policy("", Everyone(), rank, Hold(delay_s, most_s, ahead), belief, near)
+
+
+def _block_smallest(ahead: int = 32, patience_s: float = 9.0) -> Policy:
+    block = _block(ahead=ahead)
+    assert block.hold is not None
+    return block._replace(hold=block.hold._replace(by_size=True, patience_s=patience_s))
 
 
 def _block_slo(miss_s: float = 60.0, margin: float = 0.1) -> Policy:
@@ -141,9 +134,10 @@ POLICIES: dict[str, PolicySpec] = {
     "block-paper": PolicySpec(
         "the published rule: lowest predicted E2E of all instances", _everyone(ranks.PredictedE2e)
     ),
-    "block-ttft": PolicySpec("lowest predicted TTFT of all instances", _everyone(ranks.PredictedTtft)),
-    "block-preemptions": PolicySpec("predicted E2E, plus preemption_s (0.5) for each one foreseen", _block_preemptions),
     "block-harm": PolicySpec("predicted E2E plus weight (1) times the latency added to the others", _block_harm),
+    "block-smallest": PolicySpec(
+        "as block, but of the held the smallest leave first, until they lose patience", _block_smallest
+    ),
     "block-slo": PolicySpec("as block, but what each request would miss of its own targets comes first", _block_slo),
 }
 

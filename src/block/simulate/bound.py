@@ -22,6 +22,8 @@ from block.simulate.config import InstanceGroup, LengthModel, SimulationConfig
 from block.steptime.profile import Knots, StepTimeProfile, load_profile
 from block.workload.offered import Offered
 
+Floats = npt.NDArray[np.float64]
+
 
 def pooled(config: SimulationConfig) -> SimulationConfig:
     """The configuration with its instances as one; policies do not matter any more.
@@ -50,18 +52,13 @@ def pooled(config: SimulationConfig) -> SimulationConfig:
     return msgspec.structs.replace(config, instances=[group], policy="round-robin", failures=[])
 
 
-Floats = npt.NDArray[np.float64]
-
-
 def packed(config: SimulationConfig) -> SimulationConfig:
     """`pooled`, with the true lengths known at the gateway, which keeps what has no room and lets the smallest go first.
 
     Raises:
         ConfigError: as `pooled`.
     """
-    one = pooled(config)
-    policy = "block:by_size=1,ahead=32,patience_s=9.0"
-    return msgspec.structs.replace(one, policy=policy, lengths=LengthModel())
+    return msgspec.structs.replace(pooled(config), policy="block-smallest", lengths=LengthModel())
 
 
 def work_bound_rps(config: SimulationConfig, offered: Sequence[Offered]) -> float:

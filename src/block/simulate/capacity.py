@@ -78,15 +78,15 @@ def find_capacity(
     look from ``start_rps`` first; small where the start is a good guess, for rates beyond capacity take long to simulate.
 
     Raises:
-        ConfigError: attainment without an SLO, a tolerance out of bounds, or no rate between 1/64 and 64 times the start holds
-            or fails.
+        ConfigError: attainment without an SLO, a tolerance out of bounds, or the criterion holds nowhere, or everywhere,
+            between 1/64 and 64 times the start.
     """
     if not TOLERANCE_MIN <= tolerance < 1:
         raise ConfigError(f"The tolerance must be from {TOLERANCE_MIN:g} to below 1, not {tolerance}.")
     if criterion.field == "slo_attainment_fraction" and config.slo is None:
         raise ConfigError("The criterion is SLO attainment, but the configuration has no [slo].")
     start = start_rps or config.workload.rate_rps or 10.0
-    searches = [_Search(start, tolerance, first_step) for _ in seeds]
+    searches = [_Search(criterion.text, start, tolerance, first_step) for _ in seeds]
     while open_now := [i for i, search in enumerate(searches) if not search.done]:
         configs = [varied(config, rate_rps=searches[i].next_rps(), seed=seeds[i]) for i in open_now]
         for i, summary in zip(open_now, run_all(configs), strict=True):
@@ -110,7 +110,8 @@ def bootstrap_interval(values: Sequence[float], *, resamples: int = 10_000, leve
 class _Search:
     """One seed's bracket: the highest rate known to hold, the lowest known not to."""
 
-    def __init__(self, start_rps: float, tolerance: float, first_step: float) -> None:
+    def __init__(self, criterion: str, start_rps: float, tolerance: float, first_step: float) -> None:
+        self._criterion = criterion
         self._start_rps, self._tolerance = start_rps, tolerance
         self._holds: tuple[float, float] | None = None
         self._fails: tuple[float, float] | None = None
@@ -132,9 +133,10 @@ class _Search:
             self._asked_rps = known[0] * self._step if self._fails is None else known[0] / self._step
             self._step = min(self._step**2, 2.0)  # 1.08, 1.17, 1.36, 1.85, 2, 2 ...
             if not 1 / 64 <= self._asked_rps / self._start_rps <= 64:
+                found = "still holds" if self._fails is None else "does not hold even"
                 raise ConfigError(
-                    f"No capacity between {self._start_rps / 64:.2g} and {self._start_rps * 64:.2g} requests/s: "
-                    "give a better start rate or another criterion."
+                    f"{self._criterion} {found} at {known[0]:.3g} requests/s: give another criterion, more requests or, as the "
+                    "workload's rate_rps, a better rate to start from."
                 )
         else:
             self._asked_rps = math.sqrt(self._holds[0] * self._fails[0])

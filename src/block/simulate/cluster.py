@@ -245,17 +245,15 @@ class Cluster:
         delay_s = model.snapshot_delay_s
         if model.snapshot_jitter_s > 0:
             delay_s += model.snapshot_jitter_s * self._jitter.random()
-        snapshot = instance.view
-        if delay_s > 0:
-            snapshot = View(instance.limits, instance.curve)
-        else:
-            self._receive(instance, snapshot, now_s)
+        if delay_s == 0:
+            instance.view.taken_s = now_s
+            self._receive(instance, instance.view)
             return
+        snapshot = View(instance.limits, instance.curve)
         snapshot.copy_from(instance.view, now_s)
-        self._at(now_s + delay_s, lambda at_s: self._receive(instance, snapshot, snapshot.taken_s))
+        self._at(now_s + delay_s, lambda _: self._receive(instance, snapshot))
 
-    def _receive(self, instance: Instance, snapshot: View, taken_s: float) -> None:
-        snapshot.taken_s = taken_s
+    def _receive(self, instance: Instance, snapshot: View) -> None:
         if instance.alive:
             for gateway in self._gateways:
                 gateway.receive(instance.id, snapshot)

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from block.metrics.charts import check_chart_path
+from block.metrics.charts import check_chart_path, line_style, plain_decades
 from block.metrics.summary import Summary
 from block.simulate.config import SimulationConfig
 from block.simulate.sweep import RunAll, varied
@@ -71,17 +71,20 @@ def curves(path: Path, cells: Sequence[Cell], title: str = "") -> None:
     shown = (("ttft_s_p99", "TTFT P99, seconds"), ("e2e_s_mean", "mean E2E, seconds"), ("preemptions", "preemptions"))
     figure, axes = pyplot.subplots(1, len(shown), figsize=(14, 4.5), layout="constrained")
     for ax, (name, label) in zip(axes, shown, strict=True):
-        for policy in dict.fromkeys(cell.policy for cell in cells):
+        for number, policy in enumerate(dict.fromkeys(cell.policy for cell in cells)):
             own = [
                 (cell.rate_rps, value)
                 for cell in cells
                 if cell.policy == policy and (value := cell.figures[name]) is not None
             ]
-            ax.plot(*zip(*own, strict=True), marker="o", label=policy)
+            if own:
+                marker = "osD^vPX*<>"[number % 10]
+                ax.plot(*zip(*own, strict=True), marker=marker, markersize=5, label=policy, **line_style(number))
         ax.set(xlabel="requests per second offered", ylabel=label)
         ax.grid(alpha=0.3)
     axes[0].set_yscale("log")
-    axes[0].legend(fontsize="small")
+    plain_decades(axes[0].yaxis)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -77,6 +77,10 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     for_s: float
     detection_s: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not (self.at_s >= 0 and self.for_s > 0 and self.detection_s >= 0):
+            raise ConfigError("A failure needs at_s and detection_s of at least 0 and for_s above 0.")
+
 
 class LengthModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the gateways know of output lengths: an estimator by name and its options (``noise`` of the oracle, for example)."""
@@ -112,6 +116,10 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             raise ConfigError(f"A cluster can have {INSTANCES_MAX:,} instances at most, not {self.instance_count:,}.")
         if not 0 <= self.warmup_fraction < 1:
             raise ConfigError(f"warmup_fraction must be in [0, 1), not {self.warmup_fraction}.")
+        if self.slo is not None and any(
+            not target > 0 for target in msgspec.structs.astuple(self.slo) if target is not None
+        ):
+            raise ConfigError("The targets in [slo] are seconds above 0.")
         wrong = [f.instance for f in self.failures if not 0 <= f.instance < self.instance_count]
         if wrong:
             raise ConfigError(f"There is no instance {wrong[0]}: they are numbered 0 to {self.instance_count - 1}.")
@@ -128,7 +136,9 @@ def load_config(path: Path) -> SimulationConfig:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInputError(f"There is no file {path}.") from error
-    except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise BadInputError(f"{path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInputError(f"{path} is not TOML: {error}.") from error
     return _beside(_converted(fields, str(path)), path.parent)
 

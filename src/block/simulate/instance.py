@@ -93,8 +93,7 @@ def renew_beliefs(
     """
     live = [view.engine.live() if now_s is None else view.doubtful(now_s) for view in views]
     bank_rows = np.concatenate([view.bank_rows[rows] for view, (rows, _) in zip(views, live, strict=True)])
-    if not bank_rows.any():  # all lengths are known
-        assert EXACT == 0
+    if (bank_rows == EXACT).all():
         return
     caps = np.concatenate([view.caps[rows] for view, (rows, _) in zip(views, live, strict=True)])
     generated = np.concatenate([generated for _, generated in live])

@@ -25,12 +25,15 @@ def run_one(config: SimulationConfig) -> Summary:
 
 
 def varied(
-    config: SimulationConfig, *, policy: str | None = None, rate_rps: float | None = None, seed: int | None = None
-) -> SimulationConfig:
-    """The same experiment with another policy, rate or seed."""
+    config: SimulationConfig, *, policy: str | None = None, rate_rps: float | None = None, seed: int | None = None,
+    requests: int | None = None,
+) -> SimulationConfig:  # fmt: skip
+    """The same experiment with another policy, rate, seed or number of requests."""
     workload = config.workload
     if rate_rps is not None:
         workload = msgspec.structs.replace(workload, rate_rps=rate_rps)
+    if requests is not None:
+        workload = msgspec.structs.replace(workload, requests=requests)
     return msgspec.structs.replace(
         config, workload=workload, policy=policy or config.policy, seed=config.seed if seed is None else seed
     )
