@@ -1,4 +1,4 @@
-"""Compile the engine model with Cython; where no C compiler is at hand, or BLOCK_NO_COMPILE=1, the same files run uncompiled."""
+"""Compile the engine model and the gateway's innermost loop with Cython; where no C compiler is at hand, or BLOCK_NO_COMPILE=1, the same files run uncompiled."""
 
 import os
 
@@ -15,6 +15,7 @@ HOT = [
     "engine/resume",
     "engine/ask",
     "engine/spread",
+    "gateway/wire/relay",
 ]
 
 extensions = [
