@@ -151,7 +151,7 @@ class Exchange(Receiver):
         self.sent_s = monotonic()
         if not self.overhead_s:
             self.overhead_s = self.sent_s - self.arrived_s
-            self.dispatcher.metrics.overhead.observe(self.overhead_s)
+            self.dispatcher.books.later(lambda: self.dispatcher.metrics.overhead.observe(self.overhead_s))
         if self.tape is not None:
             target, body = self.tape.target_and_body(self.http.target)
             if self.tape.count:
