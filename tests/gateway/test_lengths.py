@@ -54,7 +54,7 @@ async def test_where_estimates_come_from_and_how_good_they_are_is_in_the_metrics
     client = await start(FakeEngine(essays_are_long), policy="least-outstanding")
     for _ in range(3):
         await ask(client, SHORT)
-    _, text = await client.get("/metrics")
+        _, text = await client.get("/metrics")  # whoever reads the books settles them first
     assert b'block_length_estimates_total{source="prior"} 1.0' in text
     assert b'block_length_estimates_total{source="history"} 2.0' in text
     assert b'block_length_error_tokens{model="fake"}' in text

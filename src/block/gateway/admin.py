@@ -83,7 +83,6 @@ class Admin:
             self._app.answer_later(client, http, workers.tell(*tell, answer=(status, answer)))
 
     def _recent(self, cursor: str) -> Any:
-        self._app.dispatcher.books.settle()
         return self._app.dispatcher.recent.after(cursor, self._app.dispatcher, self._app.pool)
 
     def check_allowed(self, client: ClientConnection, http: HttpRequest) -> None:

@@ -21,6 +21,7 @@ evidence, the policy falls back, and the fallback is counted.
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from time import monotonic
@@ -171,8 +172,8 @@ class Dispatcher:
         if self.decider.asks_remotely(policy):
             raise ClientError(400, "Questions need predict = 'local'.", code="not_local")
         exchange.decision = decision = self.decider.decide(exchange, policy, ids)
-        exchange.decided_s = monotonic()
-        exchange.interval = self._interval(exchange, decision, decision.candidates[_place(decision)].prediction)
+        exchange.decided_s, exchange.prediction = monotonic(), decision.candidates[_place(decision)].prediction
+        self.interval_of(exchange)
         return self.decisions.described(exchange, self.pool.left_out(exchange.request.model))
 
     async def _dispatch_remotely(self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId]) -> None:
@@ -218,7 +219,8 @@ class Dispatcher:
         exchange.prediction = prediction = decision.candidates[_place(decision)].prediction
         exchange.decided_s = now_s = monotonic()
         exchange.interval = None
-        self.books.later(lambda: self._sent(exchange, decision, prediction))
+        wall_s = time.time()
+        self.books.later(lambda: self._sent(exchange, decision, prediction, wall_s))
         exchange.tokens = exchange.request.prompt_tokens + exchange.expected_total
         self.pool.started(instance, exchange.tokens, now_s)
         self.decider.sent(exchange, instance)
@@ -228,19 +230,23 @@ class Dispatcher:
         else:
             exchange.connecting = self._spawn(self._connect(exchange, instance))
 
-    def _sent(self, exchange: Exchange, decision: Decision, prediction: Prediction | None) -> None:
-        """Write a decision down. What its answer's head says of it is found out here too: that comes later."""
-        exchange.interval = self._interval(exchange, decision, prediction)
+    def _sent(
+        self, exchange: Exchange, decision: Decision, prediction: Prediction | None, wall_s: float
+    ) -> None:  # fmt: skip
+        """Write a decision down."""
+        self.interval_of(exchange)
         self.decisions.note(exchange, self.pool.left_out(exchange.request.model))
-        self.recent.decided(exchange)
+        self.recent.decided(exchange, prediction, wall_s)
         self.metrics.sent_to(decision.instance).inc()
 
-    def _interval(self, exchange: Exchange, decision: Decision, prediction: Prediction | None) -> Interval | None:
-        if prediction is None:
-            return None
-        return self.lessons.residuals.interval(
-            decision.instance, prediction, exchange.estimate, exchange.expected_total, exchange.decided_s
-        )
+    def interval_of(self, exchange: Exchange) -> Interval | None:
+        """Around its prediction, found out when it is first asked for; ``None``: there is no prediction."""
+        decision, prediction = exchange.decision, exchange.prediction
+        if exchange.interval is None and decision is not None and prediction is not None:
+            exchange.interval = self.lessons.residuals.interval(
+                decision.instance, prediction, exchange.estimate, exchange.expected_total, exchange.decided_s
+            )
+        return exchange.interval
 
     def _unbook(self, exchange: Exchange) -> None:
         """Its instance is rid of it, for now or for good."""
@@ -389,7 +395,10 @@ class Dispatcher:
         elif instance is not None and error is None and exchange.status < 500 and exchange.status != 429:
             self.pool.succeeded(instance)
         self._unbook(exchange)
-        self.books.later(lambda: self._ended(exchange, error, instance, broken=broken))
+        wall_s = time.time()
+        self.books.later(lambda: self._ended(exchange, error, instance, wall_s, broken=broken))
+        if self.tracing is not None:  # a span's end has its time from the clock
+            self.books.settle()
         self._over.set()
         self._finished.append(monotonic())
         self.holding.ended += 1
@@ -397,7 +406,7 @@ class Dispatcher:
             self._loop.call_soon(self._pull)
 
     def _ended(
-        self, exchange: Exchange, error: BlockError | None, instance: Instance | None, *, broken: bool
+        self, exchange: Exchange, error: BlockError | None, instance: Instance | None, wall_s: float, *, broken: bool
     ) -> None:  # fmt: skip
         """Write an end down, and learn from it."""
         exchange.instance = instance  # whose answer it was
@@ -412,7 +421,7 @@ class Dispatcher:
             self.learning.take(self.decider.policy, exchange)
             self.decider.drift.take(exchange)
         self.decisions.finish(exchange, error)
-        self.recent.ended(exchange, error)
+        self.recent.ended(exchange, error, wall_s)
         if self.tracing is not None:
             self.tracing.end(exchange, error)
 
@@ -423,6 +432,8 @@ class Dispatcher:
             self.active.discard(exchange)
             self._unbook(exchange)
             self.books.later(lambda: self._abandoned(exchange))
+            if self.tracing is not None:
+                self.books.settle()
             self._over.set()
             if self.queue:
                 self._loop.call_soon(self._pull)
@@ -435,6 +446,7 @@ class Dispatcher:
 
     def sweep(self) -> None:
         """End what is overdue. Called a few times a second."""
+        self.books.settle()
         now_s = monotonic()
         timeout_s, stall_s = self.config.request_timeout_s, self.config.body_timeout_s
         for exchange in [x for x in self.active if now_s - x.arrived_s > timeout_s]:

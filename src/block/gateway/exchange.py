@@ -231,7 +231,9 @@ class Exchange(Receiver):
             overhead_ms = self.overhead_s * 1e3
             lines += b"x-block-overhead-ms: %.3f\r\nserver-timing: block;dur=%.3f\r\n" % (overhead_ms, overhead_ms)
             if self.prediction is not None:
-                lines += prediction_lines(self.prediction, self.interval, self.decided_s - self.arrived_s)
+                lines += prediction_lines(
+                    self.prediction, self.dispatcher.interval_of(self), self.decided_s - self.arrived_s
+                )
         if self.sse:
             lines += b"x-accel-buffering: no\r\n"
             if b"cache-control" not in head.fields:
