@@ -219,8 +219,8 @@ class Dispatcher:
         exchange.prediction = prediction = decision.candidates[_place(decision)].prediction
         exchange.decided_s = now_s = monotonic()
         exchange.interval = None
-        wall_s = time.time()
-        self.books.later(lambda: self._sent(exchange, decision, prediction, wall_s))
+        wall_s, deciding_s = time.time(), exchange.deciding_s
+        self.books.later(lambda: self._sent(exchange, decision, prediction, wall_s, deciding_s))
         exchange.tokens = exchange.request.prompt_tokens + exchange.expected_total
         self.pool.started(instance, exchange.tokens, now_s)
         self.decider.sent(exchange, instance)
@@ -231,13 +231,14 @@ class Dispatcher:
             exchange.connecting = self._spawn(self._connect(exchange, instance))
 
     def _sent(
-        self, exchange: Exchange, decision: Decision, prediction: Prediction | None, wall_s: float
+        self, exchange: Exchange, decision: Decision, prediction: Prediction | None, wall_s: float, deciding_s: float
     ) -> None:  # fmt: skip
         """Write a decision down."""
         self.interval_of(exchange)
         self.decisions.note(exchange, self.pool.left_out(exchange.request.model))
         self.recent.decided(exchange, prediction, wall_s)
         self.metrics.sent_to(decision.instance).inc()
+        self.metrics.decision_time.observe(deciding_s)
 
     def interval_of(self, exchange: Exchange) -> Interval | None:
         """Around its prediction, found out when it is first asked for; ``None``: there is no prediction."""
@@ -410,6 +411,7 @@ class Dispatcher:
     ) -> None:  # fmt: skip
         """Write an end down, and learn from it."""
         exchange.instance = instance  # whose answer it was
+        self._note_overhead(exchange)
         if error is not None:
             self.metrics.errors.labels(_code(error)).inc()
             if instance is not None and broken:
@@ -438,7 +440,12 @@ class Dispatcher:
             if self.queue:
                 self._loop.call_soon(self._pull)
 
+    def _note_overhead(self, exchange: Exchange) -> None:
+        if exchange.overhead_s:
+            self.metrics.overhead.observe(exchange.overhead_s)
+
     def _abandoned(self, exchange: Exchange) -> None:
+        self._note_overhead(exchange)
         self.metrics.disconnects.inc()
         self.decisions.finish(exchange, None)
         if self.tracing is not None:

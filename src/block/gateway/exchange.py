@@ -59,6 +59,7 @@ class Exchange(Receiver):
         "connecting",
         "connection",
         "decided_s",
+        "deciding_s",
         "decision",
         "dispatcher",
         "estimate",
@@ -110,6 +111,8 @@ class Exchange(Receiver):
         self.interval: Interval | None = None
         """Around the prediction; both count from ``decided_s``."""
         self.decided_s = arrived_s
+        self.deciding_s = 0.0
+        """How long the last decision took."""
         self.asked = NOTHING
         self.tried: set[str] = set()
         self.attempts = 0
@@ -151,7 +154,6 @@ class Exchange(Receiver):
         self.sent_s = monotonic()
         if not self.overhead_s:
             self.overhead_s = self.sent_s - self.arrived_s
-            self.dispatcher.books.later(lambda: self.dispatcher.metrics.overhead.observe(self.overhead_s))
         if self.tape is not None:
             target, body = self.tape.target_and_body(self.http.target)
             if self.tape.count:
