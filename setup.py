@@ -1,4 +1,7 @@
-"""Compile the engine model and the gateway's innermost loop with Cython; where no C compiler is at hand, or BLOCK_NO_COMPILE=1, the same files run uncompiled."""
+"""Compile the engine model and the middle of the gateway's streams with Cython.
+
+Where no C compiler is at hand, or with BLOCK_NO_COMPILE=1, the same files run uncompiled.
+"""
 
 import os
 
