@@ -1,4 +1,7 @@
-"""Compile the engine model with Cython; where no C compiler is at hand, or BLOCK_NO_COMPILE=1, the same files run uncompiled."""
+"""Compile the engine model and the middle of the gateway's streams with Cython.
+
+Where no C compiler is at hand, or with BLOCK_NO_COMPILE=1, the same files run uncompiled.
+"""
 
 import os
 
@@ -15,6 +18,7 @@ HOT = [
     "engine/resume",
     "engine/ask",
     "engine/spread",
+    "gateway/wire/relay",
 ]
 
 extensions = [

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from block.gateway.wire.answers import AnswerReader, end_of_whole_chunks, is_one_chunk
+from block.gateway.wire.answers import AnswerReader, end_of_whole_chunks
 from block.gateway.wire.http1 import HttpRequest, ProtocolError, RequestReader, chunk, request_head
 from gateway.conftest import Start
 from gateway.fakes import FakeEngine
@@ -254,22 +254,3 @@ def test_fuzz_is_repeatable(data: bytes) -> None:
             return error.status
 
     assert outcome() == outcome()
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"0\r\n\r\n",
-        b"0x2\r\n{}\r\n",
-        b"02\r\n{}\r\n",
-        b"+2\r\n{}\r\n",
-        b"3\r\n{}\r\n",
-        b"2\r\n{}\r\n0\r\n\r\n",
-        b"2;a\r\n{}\r\n",
-        b"2\r\n{}",
-    ],
-)
-def test_only_a_plainly_written_whole_chunk_takes_the_short_way(data: bytes) -> None:
-    assert is_one_chunk(b"2\r\n{}\r\n")
-    assert is_one_chunk(chunk(b"x" * 70_000))
-    assert not is_one_chunk(data)

@@ -54,7 +54,7 @@ async def test_where_estimates_come_from_and_how_good_they_are_is_in_the_metrics
     client = await start(FakeEngine(essays_are_long), policy="least-outstanding")
     for _ in range(3):
         await ask(client, SHORT)
-    _, text = await client.get("/metrics")
+        _, text = await client.get("/metrics")  # who reads the books settles them
     assert b'block_length_estimates_total{source="prior"} 1.0' in text
     assert b'block_length_estimates_total{source="history"} 2.0' in text
     assert b'block_length_error_tokens{model="fake"}' in text
@@ -122,6 +122,7 @@ async def test_clients_are_told_apart_and_corrected_each_on_its_own(start: Start
     seen.discard(None)
     assert len(seen) == 3
     assert not any("joe" in one or "jane" in one for one in seen if one)
+    await client.get("/metrics")  # who reads the books settles them
     drift = {one: estimator.drift_of("fake", one) for one in seen}
     assert all(d is not None and d.observed == 2 for d in drift.values())
 

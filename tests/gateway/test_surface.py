@@ -153,6 +153,7 @@ async def test_answers_carry_predictions_with_intervals_once_enough_was_measured
     assert "x-predicted-ttft-interval-ms" not in first
     for _ in range(LEAST):
         await client.post(body={"stream": True})
+    await client.get("/metrics")  # who reads the books settles them
     _, _, headers = await client.post(body={"stream": True}, headers={"x-request-id": "r"})
     assert headers["x-prediction-confidence"] == "0.9"
     for what in ("ttft", "e2e"):

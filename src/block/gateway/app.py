@@ -201,6 +201,7 @@ class App:
     def _look_up(self, client: ClientConnection, http: HttpRequest, path: str) -> None:
         if path.startswith("/v1/decisions/"):
             request_id = unquote(path.removeprefix("/v1/decisions/"))
+            self.dispatcher.books.settle()
             found = self.dispatcher.decisions.explain(request_id)
             missing = ClientError(404, f"No decision about {request_id[:256]!r} is kept.", code="decision_not_found")
             if found is not None:

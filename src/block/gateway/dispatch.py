@@ -21,12 +21,13 @@ evidence, the policy falls back, and the fallback is counted.
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from time import monotonic
 from typing import Any, Final
 
-from block.core import Decision, InstanceId
+from block.core import Decision, InstanceId, Prediction
 from block.errors import BlockError, ClientError, InstanceUnreachableError
 from block.gateway.config import GatewayConfig
 from block.gateway.deciding.admission import Waits, retry_lines, shortfall_s
@@ -35,8 +36,10 @@ from block.gateway.deciding.holding import Holding
 from block.gateway.deciding.learning import Learning
 from block.gateway.deciding.lessons import Lessons
 from block.gateway.deciding.queue import Queue, RetryBudget
+from block.gateway.deciding.residuals import Interval
 from block.gateway.exchange import Exchange
 from block.gateway.members.pool import Instance, Pool
+from block.gateway.records.books import Books
 from block.gateway.records.decisions import Decisions
 from block.gateway.records.metrics import Metrics
 from block.gateway.records.owners import Owners
@@ -58,6 +61,7 @@ class Dispatcher:
         self.config, self.pool, self.decider, self.lessons, self.metrics = config, pool, decider, lessons, metrics
         self.decisions = Decisions(config.decisions_kept)
         self.recent = Recent(config.recent_kept)
+        self.books = Books(loop)
         self.owners = Owners()
         self.decision_headers = config.decision_headers
         self.draining = False
@@ -77,14 +81,17 @@ class Dispatcher:
 
     def start(self, exchange: Exchange) -> None:
         """Take a request in."""
-        self.metrics.model(exchange.request.model).requests.inc()
-        self.recent.arrived(exchange)
+        self.books.later(lambda: self._arrived(exchange))
         self.budget.deposit()
         if len(self.active) >= self.config.max_concurrent_requests:
             self._enqueue(exchange)
             return
         self.active.add(exchange)
         self._dispatch(exchange)
+
+    def _arrived(self, exchange: Exchange) -> None:
+        self.metrics.model(exchange.request.model).requests.inc()
+        self.recent.arrived(exchange)
 
     def _enqueue(self, exchange: Exchange) -> None:
         """The more important first, then the earlier; a full queue loses its least important."""
@@ -165,11 +172,8 @@ class Dispatcher:
         if self.decider.asks_remotely(policy):
             raise ClientError(400, "Questions need predict = 'local'.", code="not_local")
         exchange.decision = decision = self.decider.decide(exchange, policy, ids)
-        prediction = decision.candidates[_place(decision)].prediction
-        if prediction is not None:
-            exchange.interval = self.lessons.residuals.interval(
-                decision.instance, prediction, exchange.estimate, exchange.expected_total, monotonic()
-            )
+        exchange.decided_s, exchange.prediction = monotonic(), decision.candidates[_place(decision)].prediction
+        self.interval_of(exchange)
         return self.decisions.described(exchange, self.pool.left_out(exchange.request.model))
 
     async def _dispatch_remotely(self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId]) -> None:
@@ -215,21 +219,35 @@ class Dispatcher:
         exchange.prediction = prediction = decision.candidates[_place(decision)].prediction
         exchange.decided_s = now_s = monotonic()
         exchange.interval = None
-        if prediction is not None:
-            exchange.interval = self.lessons.residuals.interval(
-                instance.id, prediction, exchange.estimate, exchange.expected_total, now_s
-            )
-        self.decisions.note(exchange, self.pool.left_out(exchange.request.model))
-        self.recent.decided(exchange)
+        wall_s, deciding_s = time.time(), exchange.deciding_s
+        self.books.later(lambda: self._sent(exchange, decision, prediction, wall_s, deciding_s))
         exchange.tokens = exchange.request.prompt_tokens + exchange.expected_total
         self.pool.started(instance, exchange.tokens, now_s)
         self.decider.sent(exchange, instance)
-        self.metrics.sent_to(instance.id).inc()
         connection = instance.connections.take()
         if connection is not None:
             exchange.send_on(connection, instance)
         else:
             exchange.connecting = self._spawn(self._connect(exchange, instance))
+
+    def _sent(
+        self, exchange: Exchange, decision: Decision, prediction: Prediction | None, wall_s: float, deciding_s: float
+    ) -> None:  # fmt: skip
+        """Write a decision down."""
+        self.interval_of(exchange)
+        self.decisions.note(exchange, self.pool.left_out(exchange.request.model))
+        self.recent.decided(exchange, prediction, wall_s)
+        self.metrics.sent_to(decision.instance).inc()
+        self.metrics.decision_time.observe(deciding_s)
+
+    def interval_of(self, exchange: Exchange) -> Interval | None:
+        """Around its prediction, found out when it is first asked for; ``None``: there is no prediction."""
+        decision, prediction = exchange.decision, exchange.prediction
+        if exchange.interval is None and decision is not None and prediction is not None:
+            exchange.interval = self.lessons.residuals.interval(
+                decision.instance, prediction, exchange.estimate, exchange.expected_total, exchange.decided_s
+            )
+        return exchange.interval
 
     def _unbook(self, exchange: Exchange) -> None:
         """Its instance is rid of it, for now or for good."""
@@ -372,47 +390,70 @@ class Dispatcher:
         instance = exchange.instance
         if exchange.tape is not None and exchange.tape.attempts:  # what was decided last is not what was asked first
             exchange.request, exchange.prediction = exchange.tape.request, None
-        if error is not None:
-            self.metrics.errors.labels(_code(error)).inc()
-            if instance is not None and exchange.head_sent and not isinstance(error, ClientError):
-                self.metrics.broken.labels(instance.id).inc()
-                self.pool.failed(instance, str(error), monotonic(), refused=False)
-        elif instance is not None:
-            if exchange.status < 500 and exchange.status != 429:
-                self.pool.succeeded(instance)
-            if exchange.status >= 400:
-                self.metrics.errors.labels(str(exchange.status)).inc()
-            else:
-                self.lessons.take(exchange)
-                self.learning.take(self.decider.policy, exchange)
-                self.decider.drift.take(exchange)
-        self.decisions.finish(exchange, error)
-        self.recent.ended(exchange, error)
-        if self.tracing is not None:
-            self.tracing.end(exchange, error)
+        broken = error is not None and exchange.head_sent and not isinstance(error, ClientError)
+        if instance is not None and broken:
+            self.pool.failed(instance, str(error), monotonic(), refused=False)
+        elif instance is not None and error is None and exchange.status < 500 and exchange.status != 429:
+            self.pool.succeeded(instance)
         self._unbook(exchange)
+        wall_s = time.time()
+        self.books.later(lambda: self._ended(exchange, error, instance, wall_s, broken=broken))
+        if self.tracing is not None:  # a span's end has its time from the clock
+            self.books.settle()
         self._over.set()
         self._finished.append(monotonic())
         self.holding.ended += 1
         if self.queue:
             self._loop.call_soon(self._pull)
 
+    def _ended(
+        self, exchange: Exchange, error: BlockError | None, instance: Instance | None, wall_s: float, *, broken: bool
+    ) -> None:  # fmt: skip
+        """Write an end down, and learn from it."""
+        exchange.instance = instance  # whose answer it was
+        self._note_overhead(exchange)
+        if error is not None:
+            self.metrics.errors.labels(_code(error)).inc()
+            if instance is not None and broken:
+                self.metrics.broken.labels(instance.id).inc()
+        elif instance is not None and exchange.status >= 400:
+            self.metrics.errors.labels(str(exchange.status)).inc()
+        elif instance is not None:
+            self.lessons.take(exchange)
+            self.learning.take(self.decider.policy, exchange)
+            self.decider.drift.take(exchange)
+        self.decisions.finish(exchange, error)
+        self.recent.ended(exchange, error, wall_s)
+        if self.tracing is not None:
+            self.tracing.end(exchange, error)
+
     def abandoned(self, exchange: Exchange) -> None:
         """The client left."""
         if not exchange.over:
             exchange.over = True
             self.active.discard(exchange)
-            self.metrics.disconnects.inc()
-            self.decisions.finish(exchange, None)
-            if self.tracing is not None:
-                self.tracing.end(exchange, None)
             self._unbook(exchange)
+            self.books.later(lambda: self._abandoned(exchange))
+            if self.tracing is not None:
+                self.books.settle()
             self._over.set()
             if self.queue:
                 self._loop.call_soon(self._pull)
 
+    def _note_overhead(self, exchange: Exchange) -> None:
+        if exchange.overhead_s:
+            self.metrics.overhead.observe(exchange.overhead_s)
+
+    def _abandoned(self, exchange: Exchange) -> None:
+        self._note_overhead(exchange)
+        self.metrics.disconnects.inc()
+        self.decisions.finish(exchange, None)
+        if self.tracing is not None:
+            self.tracing.end(exchange, None)
+
     def sweep(self) -> None:
         """End what is overdue. Called a few times a second."""
+        self.books.settle()
         now_s = monotonic()
         timeout_s, stall_s = self.config.request_timeout_s, self.config.body_timeout_s
         for exchange in [x for x in self.active if now_s - x.arrived_s > timeout_s]:

@@ -8,7 +8,6 @@ Nothing of an answer is kept except its last bytes (for the usage). The dispatch
 """
 
 import asyncio
-from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -21,7 +20,7 @@ from block.gateway.wire.continuation import Tape
 from block.gateway.wire.headers import prediction_lines
 from block.gateway.wire.http1 import LAST_CHUNK, HttpRequest, Unchunked, answer_head, chunk, request_head
 from block.gateway.wire.openai import error_object
-from block.gateway.wire.upstream import UpstreamConnection
+from block.gateway.wire.upstream import Receiver, UpstreamConnection
 from block.gateway.wire.usage import UsageStrip, asking_for_usage
 from block.policy.table import Policy
 
@@ -45,7 +44,7 @@ class Asked(NamedTuple):
 NOTHING: Final = Asked()
 
 
-class Exchange:
+class Exchange(Receiver):
     """Written by the dispatcher (where it goes) and by the two connections' callbacks (what came)."""
 
     __slots__ = (
@@ -55,33 +54,29 @@ class Exchange:
         "asked",
         "asked_usage",
         "attempts",
-        "before_last",
         "chunked",
         "client",
         "connecting",
         "connection",
         "decided_s",
+        "deciding_s",
         "decision",
         "dispatcher",
         "estimate",
-        "events",
         "expected_total",
         "first_byte_s",
         "generating",
         "head_sent",
-        "heard_s",
         "held_head",
         "http",
         "instance",
         "interval",
         "keep_alive",
         "key",
-        "last",
         "output_tokens",
         "over",
         "overhead_s",
         "paused_s",
-        "plain",
         "prediction",
         "prompt_bytes",
         "queued_s",
@@ -97,7 +92,6 @@ class Exchange:
         "tape",
         "tokens",
         "tried",
-        "write",
     )  # fmt: skip
 
     def __init__(
@@ -106,7 +100,8 @@ class Exchange:
     ) -> None:  # fmt: skip
         self.dispatcher, self.client, self.http, self.request = dispatcher, client, http, request
         self.stream, self.generating, self.prompt_bytes = stream, generating, prompt_bytes
-        self.arrived_s = arrived_s  # monotonic, as all times here
+        super().__init__(client.transport.write)
+        self.arrived_s = self.heard_s = arrived_s  # monotonic, as all times here
         self.keep_alive = http.keep_alive
         self.instance: Instance | None = None
         self.connection: UpstreamConnection | None = None
@@ -116,6 +111,8 @@ class Exchange:
         self.interval: Interval | None = None
         """Around the prediction; both count from ``decided_s``."""
         self.decided_s = arrived_s
+        self.deciding_s = 0.0
+        """How long the last decision took."""
         self.asked = NOTHING
         self.tried: set[str] = set()
         self.attempts = 0
@@ -132,22 +129,14 @@ class Exchange:
         self.head_sent = self.sse = self.chunked = self.over = False
         self.held_head = b""
         """A stream's head, until its first byte: engines send it before they have done anything, and may still fail."""
-        self.events = 0
         self.asked_usage = False
         """The instance is asked for usage that the client did not ask for."""
         self.strip: UsageStrip | Tape | None = None
         """What the answer's bytes go through on their way to the client."""
         self.tape: Tape | None = None
         """What of a streamed answer was given, where another instance may go on with it."""
-        self.plain = False
-        """Bytes go through as they come, and those before them did: the usual case of a stream, which must cost little."""
-        self.write: Callable[[bytes], None] = client.transport.write
         self.streaming = False
         """It is counted among its instance's streams."""
-        self.before_last = self.last = b""
-        """The last two reads of the answer, for the usage in them."""
-        self.heard_s = arrived_s
-        """When the client last got something of its stream."""
         self.span: Any = None
         """Of OpenTelemetry, where requests are traced."""
         self.queued_s = self.sent_s = self.first_byte_s = self.answered_s = self.paused_s = self.overhead_s = 0.0
@@ -165,7 +154,6 @@ class Exchange:
         self.sent_s = monotonic()
         if not self.overhead_s:
             self.overhead_s = self.sent_s - self.arrived_s
-            self.dispatcher.metrics.overhead.observe(self.overhead_s)
         if self.tape is not None:
             target, body = self.tape.target_and_body(self.http.target)
             if self.tape.count:
@@ -245,7 +233,9 @@ class Exchange:
             overhead_ms = self.overhead_s * 1e3
             lines += b"x-block-overhead-ms: %.3f\r\nserver-timing: block;dur=%.3f\r\n" % (overhead_ms, overhead_ms)
             if self.prediction is not None:
-                lines += prediction_lines(self.prediction, self.interval, self.decided_s - self.arrived_s)
+                lines += prediction_lines(
+                    self.prediction, self.dispatcher.interval_of(self), self.decided_s - self.arrived_s
+                )
         if self.sse:
             lines += b"x-accel-buffering: no\r\n"
             if b"cache-control" not in head.fields:
@@ -253,12 +243,6 @@ class Exchange:
         return lines if self.keep_alive else lines + b"connection: close\r\n"
 
     def body_received(self, data: bytes) -> None:
-        if self.plain:  # in the middle of a stream that goes through as it comes
-            self.write(data)
-            self.instance.last_byte_s = self.heard_s = monotonic()  # type: ignore[union-attr]
-            self.events += data.count(b"data:")
-            self.before_last, self.last = self.last, data
-            return
         out = data if self.strip is None else self.strip.feed(data)
         if self.held_head and out:
             out = self._with_head(out)
@@ -270,7 +254,7 @@ class Exchange:
                 self.dispatcher.owners.learn(data, self.instance.id)  # type: ignore[union-attr]
         if self.sse:
             self.events += data.count(b"data:")
-            self.plain = self.head_sent and self.strip is None
+            self.plain, self.source = self.head_sent and self.strip is None, self.instance
         self.before_last, self.last = self.last, data
         if self.tape is not None and self.tape.broken:
             self.lose("it gave up")

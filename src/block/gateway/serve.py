@@ -188,6 +188,7 @@ class Gateway:
             await self._session.close()
         if self._workers is not None:
             await self._workers.close()
+        self.dispatcher.books.settle()
         if self.dispatcher.tracing is not None:
             await asyncio.get_running_loop().run_in_executor(None, self.dispatcher.tracing.close)
         if self._request_log is not None:

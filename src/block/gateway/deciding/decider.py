@@ -102,7 +102,7 @@ class Decider:
         candidates = self.candidates(exchange, policy, shortlist)
         if self.drift.wrong and policy.rank.needs is Needs.PREDICTION:
             candidates = self._with_load(candidates)
-        return self._decided(self._ranked(exchange, policy, candidates), started_s)
+        return self._decided(exchange, self._ranked(exchange, policy, candidates), started_s)
 
     async def decide_remotely(self, exchange: Exchange, policy: Policy, ids: Sequence[InstanceId]) -> Decision | None:
         """The same, with the predictions of the predictors themselves; ``None``: nobody is left after waiting."""
@@ -120,7 +120,7 @@ class Decider:
                     self._metrics.evidence_missing.labels(instance_id).inc()
         if not candidates:
             return None
-        return self._decided(self._ranked(exchange, policy, candidates), started_s)
+        return self._decided(exchange, self._ranked(exchange, policy, candidates), started_s)
 
     def _ranked(self, exchange: Exchange, policy: Policy, candidates: list[Candidate]) -> Decision:
         """By the policy, or by counters where a candidate's predictions are known to be wrong."""
@@ -142,8 +142,8 @@ class Decider:
         in_flight = instance.in_flight
         return Load(in_flight, 0, in_flight, 0, float(instance.in_flight_tokens), instance.sent.advance(monotonic()))
 
-    def _decided(self, decision: Decision, started_s: float) -> Decision:
-        self._metrics.decision_time.observe(time.perf_counter() - started_s)
+    def _decided(self, exchange: Exchange, decision: Decision, started_s: float) -> Decision:
+        exchange.deciding_s = time.perf_counter() - started_s
         if decision.fallback is not None:
             self._metrics.fallbacks.labels(decision.fallback).inc()
         return decision

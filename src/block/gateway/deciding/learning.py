@@ -19,7 +19,9 @@ class Learning:
     def take(self, policy: Policy, exchange: Exchange) -> None:
         """A whole answer came; only streamed ones tell when the first token did."""
         rank, decision, tokens = policy.rank, exchange.decision, exchange.output_tokens
-        if not isinstance(rank, LearnedLatency) or decision is None or not exchange.sse or not tokens or tokens < 2:
+        if type(rank) is not LearnedLatency:  # isinstance of what is a Protocol takes microseconds
+            return
+        if decision is None or not exchange.sse or not tokens or tokens < 2:
             return
         candidate = next(c for c in decision.candidates if c.instance == decision.instance)
         ttft_s = exchange.first_byte_s - exchange.decided_s

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from block.core import InstanceId
 from block.gateway.config import GatewayConfig, InstanceConfig
+from block.gateway.wire.relay import Heard
 from block.gateway.wire.tls import UpstreamTls
 from block.gateway.wire.upstream import Connections
 
@@ -55,13 +56,14 @@ class LastMinute:
         return self.total
 
 
-class Instance:
+class Instance(Heard):
     """One engine as the gateway knows it. Read by everyone, written by the pool."""
 
     def __init__(
         self, config: InstanceConfig, *, connect_timeout_s: float, in_flight_max: int, counts_usage: bool = False,
         tls: ssl.SSLContext | None = None,
     ) -> None:  # fmt: skip
+        super().__init__()
         parts = urlsplit(config.url)
         assert parts.hostname is not None
         self.id = InstanceId(config.id)
@@ -88,10 +90,8 @@ class Instance:
         self.suspect: str | None = None
         self.trial: int | None = None
         """Requests that it may have in flight while on trial."""
-        self.last_byte_s = 0.0
-        """Loop time of the last byte of any answer, or of a request sent to it when it had none."""
         self.silent_s = 0.0
-        """For how long it has been listened to since then."""
+        """For how long it has been listened to since the last byte."""
         self._heard_s = 0.0
         name = self.id.encode()
         self.header_lines = b"x-gateway-destination-endpoint: %b\r\nx-gateway-destination-endpoint-served: %b\r\n" % (

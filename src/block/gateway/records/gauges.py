@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def read_gauges(app: "App") -> None:
     """Set them all."""
+    app.dispatcher.books.settle()
     metrics, now_s = app.metrics, time.time()
     metrics.ready.set(len(app.pool.ready()))
     metrics.queue_size.set(len(app.dispatcher.queue))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
+from block.core import Prediction
 from block.errors import BlockError, ClientError
 
 if TYPE_CHECKING:
@@ -113,19 +114,18 @@ class Recent:
             request = exchange.request
             self._arrivals.append(Arrived(exchange.arrival, request.arrived_s, request.prompt_tokens))
 
-    def decided(self, exchange: "Exchange") -> None:
-        """It goes to an instance, for the first or another time."""
-        number, prediction = exchange.arrival, exchange.prediction
+    def decided(self, exchange: "Exchange", prediction: Prediction | None, now_s: float) -> None:
+        """It went to an instance at ``now_s`` (wall clock), for the first or another time."""
+        number = exchange.arrival
         if number is None:
             return
-        now_s = time.time()
         held_s, ttft_s, e2e_s = max(now_s - exchange.request.arrived_s, 0.0), None, None
         if prediction is not None:
             ttft_s, e2e_s = held_s + prediction.ttft_s, held_s + prediction.e2e_s
         self._sent.append(Sent(number, now_s, exchange.expected_total or None, ttft_s, e2e_s))
 
-    def ended(self, exchange: "Exchange", error: BlockError | None) -> None:
-        """It is over. What its client did wrong is no end worth counting."""
+    def ended(self, exchange: "Exchange", error: BlockError | None, now_s: float) -> None:
+        """It was over at ``now_s`` (wall clock). What its client did wrong is no end worth counting."""
         number = exchange.arrival
         if number is None or (isinstance(error, ClientError) and error.status < 429):
             return
@@ -134,7 +134,7 @@ class Recent:
         failed = error is not None or exchange.status >= 400
         ttft_s = None if failed else exchange.first_byte_s - exchange.arrived_s
         e2e_s = None if failed else exchange.answered_s - exchange.arrived_s
-        self._ends.append(Ended(number, time.time(), ttft_s, e2e_s, exchange.output_tokens))
+        self._ends.append(Ended(number, now_s, ttft_s, e2e_s, exchange.output_tokens))
 
     def after(self, cursor: str, dispatcher: "Dispatcher", pool: "Pool") -> RecentAnswer:
         """All that came after a cursor (``""``: all that is kept); a cursor of another process counts as none.
@@ -143,6 +143,7 @@ class Recent:
             ClientError: 400, it is no cursor.
         """
         boot, arrived, sent, ended = _parsed(cursor)
+        dispatcher.books.settle()
         if boot != self._boot:
             arrived = sent = ended = 0
         arrivals = self._arrivals.after(arrived)

@@ -9,30 +9,6 @@ RESPONSE_DROPPED: Final = frozenset(
 )
 
 
-def _size_lines(most: int) -> tuple[bytes | None, ...]:
-    """How one chunk of so many bytes, framing and all, has to begin; ``None``: there is none of that length."""
-    lines: list[bytes | None] = [None] * most
-    for size in range(1, most):
-        line = b"%x\r\n" % size
-        if len(line) + size + 2 < most:
-            lines[len(line) + size + 2] = line
-    return tuple(lines)
-
-
-PLAIN_BYTES: Final = 4096
-_SIZE_LINES: Final = _size_lines(PLAIN_BYTES)
-
-
-def is_one_chunk(data: bytes) -> bool:
-    """Whether this is exactly one chunk, not the last, its size written as plainly as can be (else: let llhttp see)."""
-    size = len(data)
-    if size < PLAIN_BYTES:
-        line = _SIZE_LINES[size]
-        return line is not None and data.startswith(line) and data.endswith(b"\r\n")
-    end = data.find(b"\r\n", 1, 10)
-    return end > 0 and data[:end] == b"%x" % (size - end - 4) and data.endswith(b"\r\n")
-
-
 def end_of_whole_chunks(data: bytes) -> int:
     """Where the last whole chunk ends in bytes that begin with a chunk (and were found valid by llhttp)."""
     at = 0

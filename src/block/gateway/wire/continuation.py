@@ -21,8 +21,8 @@ import httptools
 import msgspec
 
 from block.core import Request
-from block.gateway.wire.answers import is_one_chunk
 from block.gateway.wire.http1 import LAST_CHUNK, chunk
+from block.gateway.wire.relay import is_one_chunk
 
 COMPLETIONS: Final = b"/v1/completions"
 CHAT: Final = b"/v1/chat/completions"

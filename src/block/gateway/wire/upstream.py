@@ -4,32 +4,35 @@ import asyncio
 import socket
 import ssl
 from collections import deque
-from typing import Final, Protocol, cast
+from typing import Final, cast
 
 from block.errors import InstanceUnreachableError, StreamBrokenError
-from block.gateway.wire.answers import AnswerHead, AnswerReader, end_of_whole_chunks, is_one_chunk
+from block.gateway.wire.answers import AnswerHead, AnswerReader, end_of_whole_chunks
+from block.gateway.wire.relay import Inlet, Relay
 
 IDLE_MAX: Final = 512
 HELD_BYTES_MAX: Final = 262_144
 
 
-class Receiver(Protocol):
+class Receiver(Relay):
     """Who waits for an instance's answer. Exactly one of ``answer_ended`` and ``answer_failed`` is the last call."""
 
-    def head_received(self, head: AnswerHead) -> None: ...
+    __slots__ = ()
 
-    def body_received(self, data: bytes) -> None: ...
+    def head_received(self, head: AnswerHead) -> None:
+        raise NotImplementedError
 
-    def answer_ended(self) -> None: ...
+    def answer_ended(self) -> None:
+        raise NotImplementedError
 
-    def answer_failed(self, error: InstanceUnreachableError | StreamBrokenError) -> None: ...
+    def answer_failed(self, error: InstanceUnreachableError | StreamBrokenError) -> None:
+        raise NotImplementedError
 
 
-class UpstreamConnection(asyncio.Protocol):
+class UpstreamConnection(Inlet, asyncio.Protocol):
     """One TCP connection to an instance; carries one exchange at a time."""
 
     __slots__ = (
-        "_between",
         "_held",
         "_home",
         "_paused",
@@ -42,13 +45,12 @@ class UpstreamConnection(asyncio.Protocol):
     )
 
     def __init__(self, home: "Connections") -> None:
+        super().__init__()
         self._home = home
         self._receiver: Receiver | None = None
         self._reader = AnswerReader()
         self._held = b""
         self._paused = False
-        self._between = False
-        """A chunked answer is under way and the last chunk that came was whole."""
         self.transport: asyncio.Transport
         self.reused = False
         self.answered = False
@@ -64,14 +66,14 @@ class UpstreamConnection(asyncio.Protocol):
         """Send one request; its answer goes to ``receiver``."""
         self._receiver, self._reader, self.answered, self.aligned = receiver, AnswerReader(), False, True
         self._reader.bodiless = head.startswith(b"HEAD ")
-        self._between = False
+        self.relay = None
         self.transport.write(head + body if len(body) < 65536 else head)
         if len(body) >= 65536:
             self.transport.write(body)
 
     def abandon(self) -> None:
         """The receiver wants no more: close, so that the engine stops working for it."""
-        self._receiver, self._held = None, b""
+        self._receiver, self.relay, self._held = None, None, b""
         self.transport.abort()
 
     def pause(self) -> None:
@@ -85,12 +87,9 @@ class UpstreamConnection(asyncio.Protocol):
             self._paused = False
             self.transport.resume_reading()
 
-    def data_received(self, data: bytes) -> None:
-        receiver = self._receiver
-        if self._between and receiver is not None and is_one_chunk(data):
-            receiver.body_received(data)  # the usual case of a stream: one event, one chunk, one read
-            return
-        reader = self._reader
+    def received(self, data: bytes) -> None:
+        """What is not one chunk in the middle of a stream."""
+        receiver, reader = self._receiver, self._reader
         if receiver is None:
             self.transport.abort()  # an answer that nobody asked for
             return
@@ -118,8 +117,11 @@ class UpstreamConnection(asyncio.Protocol):
             self.aligned = True
         if data:
             receiver.body_received(data)
-        self._between = reader.chunked and self.aligned and not self._held and not whole
-        if whole and self._receiver is receiver:
+        if self._receiver is not receiver:
+            return
+        between = reader.chunked and self.aligned and not self._held and not whole
+        self.relay = receiver if between else None
+        if whole:
             self._end(receiver)
 
     def _whole_chunks(self, data: bytes, reader: AnswerReader, whole: bool) -> bytes:
@@ -150,7 +152,7 @@ class UpstreamConnection(asyncio.Protocol):
         receiver.answer_ended()
 
     def _fail(self, what: str) -> None:
-        receiver, self._receiver = self._receiver, None
+        receiver, self._receiver, self.relay = self._receiver, None, None
         self.transport.abort()
         if receiver is None:
             return
@@ -164,7 +166,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         head = self._reader.head
         if head is not None and head.length is None and not head.chunked and exc is None:
-            self._receiver = None
+            self._receiver = self.relay = None
             if self._held:
                 receiver.body_received(self._held)
             receiver.answer_ended()  # its end was the connection's
