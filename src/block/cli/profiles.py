@@ -26,7 +26,9 @@ def command(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(caption="error: the worst median among the regimes it was fitted to; more with block profile show NAME")
+    table = Table(
+        caption="error: the worst median among the regimes it was fitted to; more with block profile show NAME"
+    )
     for column in ("profile", "GPU", "model"):
         table.add_column(column, no_wrap=True)
     for column in ("TP", "source", "error"):
