@@ -46,7 +46,8 @@ def fit_family(
 ) -> Family:
     """The family of residuals of log-lengths, (n,), told with these scales, (n,); each shape weighs them by how near
     their scale is. A truncated one counts as "longer than" (Kaplan and Meier's estimator). The shape of a ``prior``
-    counts as much as `PRIOR_PROMPTS` of the ``prompts`` that the records are of, if its 80 % interval is less than twice as wide or narrow as the records' own."""
+    counts as much as `PRIOR_PROMPTS` of the ``prompts`` that the records are of, if its 80 % interval is less than twice
+    as wide or narrow as the records' own."""
     low, high = np.quantile(scale, [0.005, 0.995])
     scales = np.geomspace(low / _BEYOND, high * _BEYOND, _SCALES)
     z = residual / scale
