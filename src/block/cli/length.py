@@ -56,6 +56,8 @@ def train(
     import json
     import time
 
+    from rich.console import Console
+
     from block.errors import ConfigError
     from block.length.sets import read_records
     from block.length.train import fit
@@ -71,7 +73,7 @@ def train(
     if transformer is None and output.is_dir():
         raise ConfigError(f"{output} is a folder: name a file.")
     records = read_records(data, model=model)
-    click.echo(f"{len(records)} records", err=True)
+    click.echo(f"{len(records)} record{'s' * (len(records) != 1)}", err=True)
     started_s = time.perf_counter()
     if transformer is not None:
         from block.length.transformer import fine_tune
@@ -82,7 +84,8 @@ def train(
         tuned.save(output)
         served = tuned.served
     else:
-        fitted = fit(records, base=_base(base), encoder=_encoder(encoder), rounds=rounds, threads=threads)
+        with Console(stderr=True).status("training, some minutes for tens of thousands of records"):
+            fitted = fit(records, base=_base(base), encoder=_encoder(encoder), rounds=rounds, threads=threads)
         fitted.save(output)
         served = fitted.served
     size = sum(f.stat().st_size for f in ([output] if output.is_file() else output.iterdir()))
@@ -194,7 +197,9 @@ def predict(
         raise ConfigError("Pictures are written as .png or .svg, into a folder that exists.")
     request = _asked(_standard_input() if prompt == "-" else prompt, served, max_tokens)
     text = request.prompt or ""
-    estimate = LearnedEstimator(model=model_file).estimate(request)
+    estimator = LearnedEstimator(model=model_file)
+    _warn_of_unknown(estimator.model, served)
+    estimate = estimator.estimate(request)
     if picture is not None:
         draw(estimate, picture, generated=generated, title=text[:80].replace("\n", " ").replace("$", r"\$"))
     shown = estimate_json(estimate, generated)
@@ -235,6 +240,15 @@ def _asked(text: str, served: str, max_tokens: int | None) -> "Request":
         model=str(model),
         prompt=prompt,
     )
+
+
+def _warn_of_unknown(placer: "Placer", served: str) -> None:
+    from block.length.model import LengthModel
+
+    if served and isinstance(placer, LengthModel) and served not in placer.served:
+        names = sorted(name for name in placer.served if name)
+        known = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "one without a name"
+        click.echo(f"Not trained on {served}: told of a typical served model. Known: {known}.", err=True)
 
 
 def _standard_input() -> str:

@@ -56,4 +56,6 @@ def least(losses: Floats, prompt: NDArray[np.int64]) -> Seen:
     even = np.full(len(names), 1.0 / len(names))
     drawn = [SHARES[int(np.argmin(rng.multinomial(len(names), even) @ by_prompt))] for _ in range(_RESAMPLES)]
     best = SHARES[int(np.argmin(by_prompt.sum(axis=0)))]
-    return Seen(float(best), max(float(np.std(drawn)), 1.0 / len(names)))  # of one or two prompts all resamples are alike
+    return Seen(
+        float(best), max(float(np.std(drawn)), 1.0 / len(names))
+    )  # of one or two prompts all resamples are alike

@@ -145,20 +145,24 @@ def draw(estimate: Estimate, path: Path, *, generated: int = 0, title: str = "")
     """A picture (.png or .svg) of a distribution: how likely the answer is to go on beyond each length."""
     from matplotlib.figure import Figure
 
-    x = EDGES[min(estimate.quantile(0.995, generated) * 1.5, estimate.cap) > EDGES]
-    x = x[x >= generated]
+    last = min(1.1 * estimate.quantile(0.98, generated), estimate.cap)
+    x = np.concatenate([[generated], EDGES[(generated < EDGES) & (last > EDGES)], [last]]).astype(np.int32)
     above = estimate.bank.above(estimate.row, x)
+    if last == estimate.cap:  # there all end
+        x, above = np.append(x, x[-1]), np.append(above, 0.0)
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.add_subplot()
     axes.fill_between(x, above / above[0], step=None, alpha=0.25)
     axes.plot(x, above / above[0])
     for q in (0.1, 0.5, 0.9):
         axes.axvline(estimate.quantile(q, generated), linestyle=":", color="black", linewidth=1)
-        axes.text(estimate.quantile(q, generated), 1.02, f"{q:.0%}", ha="center", fontsize=8)
-    axes.axvline(estimate.expected_total(generated), color="tab:red", linewidth=1, label="expected")
-    axes.set(xlabel="output tokens", ylabel="share that goes on", ylim=(0, 1.1), xlim=(generated, None))
+        tokens = estimate.quantile(q, generated)
+        axes.text(tokens, 1.02 + 0.05 * (q == 0.5), f"{q:.0%}: {tokens:.0f}", ha="center", fontsize=8)
+    expected = estimate.expected_total(generated)
+    axes.axvline(expected, color="tab:red", linewidth=1, label=f"expected {expected:.0f}")
+    axes.set(xlabel="output tokens", ylabel="share that goes on", ylim=(0, 1.15), xlim=(generated, None))
     axes.set_title(title, fontsize=9, loc="left", pad=12)
-    axes.legend(loc="upper right", frameon=False)
+    axes.legend(loc="lower left", frameon=False)
     figure.savefig(path)
 
 

@@ -216,7 +216,9 @@ def _spread(table: Table, start: _Start, located: _Located, residual: Floats, ro
     size = np.log(np.abs(residual) + 0.05)
     boost = Boost(max(rounds // 4, 20), threads, 2 * leaf_rows(table), "l2")
     wide = boost.out_of_fold(columns, size, table.fold)
-    base_weight = _scale_weight(table, residual, np.zeros(len(size)), start.told_scale, SCALE_PRIOR) if start.based else 0.0
+    base_weight = (
+        _scale_weight(table, residual, np.zeros(len(size)), start.told_scale, SCALE_PRIOR) if start.based else 0.0
+    )
     told_scale = base_weight * start.told_scale
     weight = _scale_weight(table, residual, told_scale, wide, _own_prior(table))
     scale = np.exp(weight * wide + told_scale)
