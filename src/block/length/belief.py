@@ -1,12 +1,11 @@
 """How much of an effect to believe: what the records say, weighed by how surely they say it.
 
-A weight is the one of least absolute error. Its standard error comes from a bootstrap over prompts (answers to one prompt
-are no independent evidence), and decides how far it is drawn towards what was known before:
+A weight is the one of least loss. Its standard error comes from a bootstrap over prompts (answers to one prompt are no
+independent evidence) and decides, beside what such weights are elsewhere, what is believed: the normal posterior
 
-    with a prior      (weight / se^2 + prior / width^2) / (1 / se^2 + 1 / width^2)      the normal posterior
-    without one       weight * max(0, 1 - se^2 / weight^2)                              James and Stein's, positive part
+    (weight / error^2 + mean / width^2) / (1 / error^2 + 1 / width^2)
 
-so that an effect that few prompts speak for moves nothing, whatever it gains on them.
+so that an effect that few prompts speak for moves little, whatever it gains on them.
 """
 
 from typing import NamedTuple
@@ -16,8 +15,10 @@ from numpy.typing import NDArray
 
 from block.length.distribution import Floats
 
-_RESAMPLES = 100
 SHARES: Floats = np.linspace(-3.0, 5.0, 161)
+"""Weights that are tried: far beyond those that are believed, so that the error of an uncertain one shows."""
+
+_RESAMPLES = 100
 
 
 class Prior(NamedTuple):
@@ -33,11 +34,8 @@ class Seen(NamedTuple):
     weight: float
     error: float
 
-    def believed(self, prior: Prior | None, *, most: float) -> float:
+    def believed(self, prior: Prior, *, most: float) -> float:
         """The weight to use, 0 to ``most``."""
-        if prior is None:
-            kept = max(0.0, 1.0 - (self.error / self.weight) ** 2) if self.weight > 0 else 0.0
-            return min(self.weight * kept, most)
         told, before = self.error**-2, prior.width**-2
         return min(max(0.0, (told * self.weight + before * prior.mean) / (told + before)), most)
 

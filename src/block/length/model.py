@@ -35,7 +35,7 @@ from block.length.features import ABSENT, ASKED, DENSE_NAMES, HASH_SIZE, Feature
 from block.length.trees import Trees
 
 FORMAT = "block-length"
-VERSION = 2
+VERSION = 3
 CLIP = 6.0
 """Dense features are cut this far from their mean in the linear part, which must not run away."""
 

@@ -2,12 +2,15 @@
 
 Order of work, every step seeing only out-of-fold scores of the one before (folds are split by prompt):
 
-1. level of each served model: the median log-length; what the base tells above or below it, and how much that is worth;
+1. level of each served model: the median log-length; what the base tells above or below it;
 2. linear part (`ridge`) of what is left;
 3. trees for the location (absolute error) on the dense features, that score, the model's level and the base; both with
    and without what the text is about, whichever tells more;
-4. how much of each to mix, and each served model's slope, shrunk towards 1;
-5. trees for the spread and how much of it to believe, then the shapes of the standardised residuals by spread (`family`).
+4. how much of each to mix, and each served model's slope;
+5. trees for the spread, then the shapes of the standardised residuals by spread (`family`).
+
+How much of each part is believed follows from how surely the records speak for it and a prior (`belief`). Priors are what
+those weights were between the public sets (experiments/length_transfer.py); none is fitted to a set that is scored.
 """
 
 from collections.abc import Sequence
@@ -28,26 +31,32 @@ from block.length.tabulate import FOLDS, Table, tabulate
 
 RECORDS_MIN = 50
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_BEYOND = 0.3  # how far beyond what training saw an effect may reach, in logs
-_SHRINK = 30.0
-_PASSES = 2
-_MUCH = 500  # records from which on a served model counts no more in what is typical
-_MOST = 2.0
-_ALIKE = 5.0
-_LEVELS_PRIOR = 2.0
-
 BASE_PRIOR = Prior(1.0, 0.6)
-"""How much of what a base tells of an unknown served model holds for other records, before there is evidence."""
+"""How much of what a base tells of an unknown served model holds for other records."""
 
 PULL_PRIOR = Prior(0.6, 0.3)
-"""How much of the way from its usual length to an asked one a model goes, before there is evidence."""
-
-SCALE_PRIOR = Prior(1.0, 0.5)
-OWN_HALF, OWN_WIDTH = 100, 0.3
-"""From how many prompts what the records taught holds by half on others, and how widely that varies between sets."""
+"""How much of the way from its usual length to an asked one a model goes."""
 
 SLOPE_PRIOR = Prior(1.0, 0.25)
-"""How strongly a served model follows what is told for all."""
+"""How strongly one served model follows what is told for all."""
+
+SCALE_PRIOR = Prior(1.0, 0.5)
+"""How much of a base's log-scale holds for other records."""
+
+HALF_PROMPTS, OWN_WIDTH = 100, 0.3
+"""From how many prompts what the records taught holds by half on others, and how widely that varies between sets."""
+
+_BASE_MOST = (
+    2.0  # a base speaks of an unknown model with half its voice (experiments/ship_lengths.py): this is all of it
+)
+_BASE_PASSES = 2
+_BEYOND = 0.3  # how far beyond what training saw an effect may reach, in logs
+_MUCH = 500  # records from which on a served model counts no more in what is typical
+_ALIKE, _ALIKE_MODELS = (
+    5.0,
+    2.0,
+)  # a level of 5 records is worth half, where not more than 2 models tell how much they differ
+_WIDTH_RECORDS = 30.0  # of a served model that are worth as much as all others' width
 
 
 def fit(
@@ -139,10 +148,10 @@ def _start(table: Table, base: LengthModel | None) -> _Start:
     center = float(np.median(told))
     told = told - center
     weight = BASE_PRIOR.mean
-    for _ in range(_PASSES):  # what the base explains, then the levels without it, then the same again
+    for _ in range(_BASE_PASSES):  # what the base explains, then the levels without it, then the same again
         offset, spread = levels(table.log_tokens - weight * told, table.model)
         target = table.log_tokens - offset[table.model] - pull.mean * asked_pull(table.dense, offset[table.model])
-        weight = seen(target, told, table.prompt).believed(BASE_PRIOR, most=_MOST)
+        weight = seen(target, told, table.prompt).believed(BASE_PRIOR, most=_BASE_MOST)
     return _Start(True, offset, spread, told, told_scale, weight, center, pull)
 
 
@@ -226,7 +235,7 @@ def _spread(table: Table, start: _Start, located: _Located, residual: Floats, ro
 
 
 def _own_prior(table: Table) -> Prior:
-    return Prior(table.prompts / (table.prompts + OWN_HALF), OWN_WIDTH)
+    return Prior(table.prompts / (table.prompts + HALF_PROMPTS), OWN_WIDTH)
 
 
 def _scale_weight(table: Table, residual: Floats, known: Floats, told: Floats, prior: Prior) -> float:
@@ -272,11 +281,11 @@ def _held_out_levels(log_tokens: Floats, table: Table) -> Floats:
 
 def _alike(median: Floats, count: NDArray[np.int64], deviation: float) -> float:
     """How many records of a served model are worth as much as all others' level: the variance of one record over that
-    between models, by moments, beside a prior of `_LEVELS_PRIOR` models."""
+    between models, by moments, beside a prior of `_ALIKE_MODELS` models."""
     error = (deviation**2 + 1e-6) / count
     between = float(((median - np.average(median, weights=count)) ** 2 - error).sum())
     before = (deviation**2 + 1e-6) / _ALIKE
-    variance = max(between + _LEVELS_PRIOR * before, 0.0) / (len(median) + _LEVELS_PRIOR)
+    variance = max(between + _ALIKE_MODELS * before, 0.0) / (len(median) + _ALIKE_MODELS)
     return float(np.clip((deviation**2 + 1e-6) / max(variance, 1e-9), 0.5, 1e4))
 
 
@@ -297,7 +306,9 @@ def _widths(table: Table, residual: Floats, told: Floats) -> Floats:
     for m in range(len(table.models)):
         own = table.model == m
         count = int(own.sum())
-        width[m] = (count * float(np.median(np.abs(residual[own]) / told[own])) + _SHRINK * shared) / (count + _SHRINK)
+        width[m] = (count * float(np.median(np.abs(residual[own]) / told[own])) + _WIDTH_RECORDS * shared) / (
+            count + _WIDTH_RECORDS
+        )
     floored: Floats = np.maximum(width, 1e-3)
     return floored
 
