@@ -12,6 +12,9 @@ from base    a model trained on the N records from the base
 
 With --whole, last, five folds of all records, alone and from the base. --bases keeps the bases, which take minutes each.
 
+Beside the scores: how much of the base and of what the records taught a training believed, and how much of it the
+other prompts then bore out, from which the priors of `block.length.train` come.
+
 Gains are against constants of the N records: MAE against the median and the mean, pinball against the 10, 50 and 90 % quantiles.
 """
 
@@ -21,12 +24,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
-from block.length.model import LengthModel, load_model
+from block.length.belief import seen
+from block.length.model import LengthModel, asked_pull, load_model
 from block.length.records import Record
 from block.length.scores import TELLERS, Told, cross_validate, score, tell_corrected, tell_learned
 from block.length.sets import read_records
+from block.length.tabulate import tabulate
 from block.length.train import fit
 from ship_lengths import trained, training_records
 
@@ -58,14 +64,34 @@ def figures(told: dict[str, Told], true: np.ndarray) -> dict[str, list[float]]:
     return rows
 
 
-def few(records: Sequence[Record], base: LengthModel, count: int, seed: int) -> dict[str, list[float]]:
+def few(
+    records: Sequence[Record], base: LengthModel, count: int, seed: int
+) -> tuple[dict[str, list[float]], list[float]]:
     train, test = split(records, count, seed)
+    based = fit(train, base=base)
     tellers = {
         "constant": TELLERS["constant"](train), "constant mean": TELLERS["constant mean"](train),
         "as it is": tell_learned(base), "corrected": tell_corrected(base, train),
-        "alone": tell_learned(fit(train)), "from base": tell_learned(fit(train, base=base)),
+        "alone": tell_learned(fit(train)), "from base": tell_learned(based),
     }  # fmt: skip
-    return figures({name: tell(test) for name, tell in tellers.items()}, _true(test))
+    told = figures({name: tell(test) for name, tell in tellers.items()}, _true(test))
+    return told, [len({r.key for r in train}), *borne_out(based, base, test)]
+
+
+def borne_out(model: LengthModel, base: LengthModel, test: Sequence[Record]) -> list[float]:
+    """Of the base, then of what the records taught: the weight that was believed, and the one of least error on the test."""
+    table = tabulate(test)
+    offset = np.array([model.served.get(r.model, model.unknown).offset for r in test])
+    told = base.effects(table.dense, table.words)[0] - model.base_center
+    plain = msgspec.structs.replace(model.unknown, slope=1.0)
+    alone = msgspec.structs.replace(model, unknown=plain, own_weight=1.0, base_weight=0.0, own_low=-9.0, own_high=9.0)
+    own, _ = alone.effects(table.dense, table.words)
+    left = table.log_tokens - offset - model.pull_weight * asked_pull(table.dense, offset)
+    rest = left - model.base_weight * told
+    return [
+        model.base_weight, seen(left - np.median(left), told, table.prompt).weight,
+        model.own_weight, seen(rest - np.median(rest), own, table.prompt).weight,
+    ]  # fmt: skip
 
 
 def whole(records: Sequence[Record], base: LengthModel) -> dict[str, list[float]]:
@@ -110,8 +136,12 @@ def main() -> None:
             table = csv.writer(file)
             table.writerow(HEAD)
             for count in options.records:
-                runs = [few(own, base, count, seed) for seed in range(1, options.seeds + 1)]
+                runs, weights = zip(*(few(own, base, count, seed) for seed in range(1, options.seeds + 1)), strict=True)
                 write(table, name, count, {who: np.mean([run[who] for run in runs], axis=0) for who in runs[0]})
+                for prompts, *four in weights:
+                    print(
+                        f"{prompts} prompts: base {four[0]:.2f}, held {four[1]:.2f}; own {four[2]:.2f}, held {four[3]:.2f}"
+                    )
             if options.whole:
                 write(table, name, len(own), whole(own, base))
 

@@ -154,6 +154,8 @@ def evaluate(
         parts = sorted({r.dataset for r in records}) if separately else [None]
         for part in parts:
             some = [r for r in records if part is None or r.dataset == part]
+            if model_file is None:
+                _enough(len(some), folds)
             told[part] = (some, cross_validate(some, tellers, folds=folds, progress=status.update))
     reports = [one for some, quantiles in told.values() for one in report(some, quantiles, by_model=not by_set)]
     if as_json:
@@ -283,6 +285,18 @@ def _unseen(records: "list[Record]", placer: "Placer", path: Path) -> "list[Reco
     if not kept:
         raise BadInputError(f"{path} was trained on all of these prompts: score it on others.")
     return kept
+
+
+def _enough(records: int, folds: int) -> None:
+    """A sentence in the user's numbers, where all folds but one would be too few to train on."""
+    from block.errors import BadInputError
+    from block.length.train import RECORDS_MIN
+
+    needed = -(-RECORDS_MIN * folds // (folds - 1))
+    if records < needed:
+        raise BadInputError(
+            f"Too few records to train and score on {folds} folds: {records}, and at least {needed} are needed."
+        )
 
 
 def _encoder(path: Path | None) -> "TextEncoder | None":
