@@ -161,7 +161,7 @@ def evaluate(
     if as_json:
         click.echo(json.dumps([msgspec.to_builtins(one) for one in reports]))
         return
-    out = Console(width=None if Console().is_terminal else 200)
+    out = Console(width=max(Console().width, 100) if Console().is_terminal else 200)
     for table in report_tables(reports, "learned"):
         out.print(table)
 
