@@ -9,8 +9,9 @@ Order of work, every step seeing only out-of-fold scores of the one before (fold
 4. how much of each to mix, and each served model's slope;
 5. trees for the spread, then the shapes of the standardised residuals by spread (`family`).
 
-How much of each part is believed follows from how surely the records speak for it and a prior (`belief`). Priors are what
-those weights were between the public sets (experiments/length_transfer.py); none is fitted to a set that is scored.
+How much of each part is believed follows from how surely the records speak for it and a prior (`belief`). The priors of
+the base and of what records teach are in line with what other prompts of public sets bore out
+(experiments/length_transfer.py); the other three are guesses, which some dozen prompts outweigh.
 """
 
 from collections.abc import Sequence
