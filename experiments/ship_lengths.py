@@ -16,9 +16,12 @@ import msgspec
 from block.length.model import LengthModel
 from block.length.records import Record
 from block.length.sets import read_records
-from block.length.train import BASE_PRIOR, fit
+from block.length.train import fit
 
 LEFT_OUT = {"8min_up_and_down"}
+HOLDS = 0.5
+"""How much of what prompts told of one set's served models holds for another's: between public sets 0 to 1, half in the mean."""
+
 UNNAMED = {"halueval-general": "chatgpt"}
 """Who answered where a set does not say; GPT-4 did the instruction sets."""
 
@@ -43,7 +46,7 @@ def trained(records: list[Record]) -> LengthModel:
     """A model to start from: of a served model that it does not know it believes half of what prompts told of the known
     ones, which is what holds from one public set to the next (experiments/length_transfer.py)."""
     model = fit(records, remember=True)
-    unknown = msgspec.structs.replace(model.unknown, slope=BASE_PRIOR * model.unknown.slope)
+    unknown = msgspec.structs.replace(model.unknown, slope=HOLDS * model.unknown.slope)
     return msgspec.structs.replace(model, unknown=unknown)
 
 

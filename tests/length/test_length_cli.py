@@ -102,7 +102,14 @@ def test_too_little_to_learn_from_is_one_sentence(tmp_path: Path, rows: list[obj
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(BadInputError, match=message):
         run("train", str(path), "-o", str(tmp_path / "m.npz"))
-    with pytest.raises(BadInputError, match=r"different prompts, too few"):
+    with pytest.raises(BadInputError, match=r"different prompts?, too few|Too few records"):
+        run("eval", str(path))
+
+
+def test_too_few_records_to_score_are_told_by_what_the_user_has(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": r.text, "output_tokens": 9}) for r in made_up(40)))
+    with pytest.raises(BadInputError, match="5 folds: 40, and at least 63 are needed"):
         run("eval", str(path))
 
 

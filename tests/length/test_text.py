@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from block.length.features import ABSENT, ASKED, DENSE_NAMES, HASH_SIZE, features_of
@@ -18,6 +18,7 @@ ANYTHING = st.recursive(
 )  # fmt: skip
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault of the text
 @given(st.dictionaries(st.sampled_from(["messages", "prompt", "model"]), ANYTHING))
 def test_any_json_body_has_a_text(body: dict[str, object]) -> None:
     assert isinstance(request_text(body), str)

@@ -56,6 +56,8 @@ def train(
     import json
     import time
 
+    from rich.console import Console
+
     from block.errors import ConfigError
     from block.length.sets import read_records
     from block.length.train import fit
@@ -71,7 +73,7 @@ def train(
     if transformer is None and output.is_dir():
         raise ConfigError(f"{output} is a folder: name a file.")
     records = read_records(data, model=model)
-    click.echo(f"{len(records)} records", err=True)
+    click.echo(f"{len(records)} record{'s' * (len(records) != 1)}", err=True)
     started_s = time.perf_counter()
     if transformer is not None:
         from block.length.transformer import fine_tune
@@ -82,7 +84,8 @@ def train(
         tuned.save(output)
         served = tuned.served
     else:
-        fitted = fit(records, base=_base(base), encoder=_encoder(encoder), rounds=rounds, threads=threads)
+        with Console(stderr=True).status("training, some minutes for tens of thousands of records"):
+            fitted = fit(records, base=_base(base), encoder=_encoder(encoder), rounds=rounds, threads=threads)
         fitted.save(output)
         served = fitted.served
     size = sum(f.stat().st_size for f in ([output] if output.is_file() else output.iterdir()))
@@ -151,12 +154,14 @@ def evaluate(
         parts = sorted({r.dataset for r in records}) if separately else [None]
         for part in parts:
             some = [r for r in records if part is None or r.dataset == part]
+            if model_file is None:
+                _enough(len(some), folds)
             told[part] = (some, cross_validate(some, tellers, folds=folds, progress=status.update))
     reports = [one for some, quantiles in told.values() for one in report(some, quantiles, by_model=not by_set)]
     if as_json:
         click.echo(json.dumps([msgspec.to_builtins(one) for one in reports]))
         return
-    out = Console(width=None if Console().is_terminal else 200)
+    out = Console(width=max(Console().width, 100) if Console().is_terminal else 200)
     for table in report_tables(reports, "learned"):
         out.print(table)
 
@@ -194,7 +199,9 @@ def predict(
         raise ConfigError("Pictures are written as .png or .svg, into a folder that exists.")
     request = _asked(_standard_input() if prompt == "-" else prompt, served, max_tokens)
     text = request.prompt or ""
-    estimate = LearnedEstimator(model=model_file).estimate(request)
+    estimator = LearnedEstimator(model=model_file)
+    _warn_of_unknown(estimator.model, served)
+    estimate = estimator.estimate(request)
     if picture is not None:
         draw(estimate, picture, generated=generated, title=text[:80].replace("\n", " ").replace("$", r"\$"))
     shown = estimate_json(estimate, generated)
@@ -237,6 +244,15 @@ def _asked(text: str, served: str, max_tokens: int | None) -> "Request":
     )
 
 
+def _warn_of_unknown(placer: "Placer", served: str) -> None:
+    from block.length.model import LengthModel
+
+    if served and isinstance(placer, LengthModel) and served not in placer.served:
+        names = sorted(name for name in placer.served if name)
+        known = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "one without a name"
+        click.echo(f"Not trained on {served}: told of a typical served model. Known: {known}.", err=True)
+
+
 def _standard_input() -> str:
     return sys.stdin.buffer.read().decode("utf-8", "replace")
 
@@ -269,6 +285,18 @@ def _unseen(records: "list[Record]", placer: "Placer", path: Path) -> "list[Reco
     if not kept:
         raise BadInputError(f"{path} was trained on all of these prompts: score it on others.")
     return kept
+
+
+def _enough(records: int, folds: int) -> None:
+    """A sentence in the user's numbers, where all folds but one would be too few to train on."""
+    from block.errors import BadInputError
+    from block.length.train import RECORDS_MIN
+
+    needed = -(-RECORDS_MIN * folds // (folds - 1))
+    if records < needed:
+        raise BadInputError(
+            f"Too few records to train and score on {folds} folds: {records}, and at least {needed} are needed."
+        )
 
 
 def _encoder(path: Path | None) -> "TextEncoder | None":

@@ -18,7 +18,7 @@ LOCATIONS: Floats = np.arange(0.0, np.log(TOKENS_MAX), LOCATION_STEP)
 _SCALES = 20
 _BEYOND = 2.5  # scales reach this far beyond those told in training, for what the online correction widens
 _KNOTS = 61
-PRIOR_RECORDS = 100.0
+PRIOR_PROMPTS = 100.0
 
 
 class Family(msgspec.Struct, frozen=True):
@@ -41,10 +41,13 @@ class Family(msgspec.Struct, frozen=True):
         return nearest * len(LOCATIONS) + place
 
 
-def fit_family(residual: Floats, scale: Floats, truncated: NDArray[np.bool_], prior: Family | None = None) -> Family:
+def fit_family(
+    residual: Floats, scale: Floats, truncated: NDArray[np.bool_], *, prompts: int, prior: Family | None = None
+) -> Family:
     """The family of residuals of log-lengths, (n,), told with these scales, (n,); each shape weighs them by how near
     their scale is. A truncated one counts as "longer than" (Kaplan and Meier's estimator). The shape of a ``prior``
-    counts as much as `PRIOR_RECORDS`, if its 80 % interval is less than twice as wide or narrow as the records' own."""
+    counts as much as `PRIOR_PROMPTS` of the ``prompts`` that the records are of, if its 80 % interval is less than twice
+    as wide or narrow as the records' own."""
     low, high = np.quantile(scale, [0.005, 0.995])
     scales = np.geomspace(low / _BEYOND, high * _BEYOND, _SCALES)
     z = residual / scale
@@ -54,7 +57,7 @@ def fit_family(residual: Floats, scale: Floats, truncated: NDArray[np.bool_], pr
         middles = 0.5 * (knots[1:] + knots[:-1])
         z, scale = np.concatenate([z, middles]), np.concatenate([scale, np.ones(len(middles))])
         truncated = np.concatenate([truncated, np.zeros(len(middles), dtype=bool)])
-        added = np.concatenate([added, np.full(len(middles), PRIOR_RECORDS / len(middles))])
+        added = np.concatenate([added, np.full(len(middles), PRIOR_PROMPTS / len(middles))])
     known = added == 0
     order = np.argsort(z)
     above = np.linspace(1.0, 0.0, _KNOTS)
@@ -62,7 +65,7 @@ def fit_family(residual: Floats, scale: Floats, truncated: NDArray[np.bool_], pr
     rows = []
     for at in scales:
         weight = np.exp(-0.5 * ((np.log(scale) - np.log(np.clip(at, low, high))) / band) ** 2) + 1e-3
-        weight = np.where(known, weight / weight[known].sum() * known.sum(), added)
+        weight = np.where(known, weight / weight[known].sum() * prompts, added)
         weight /= weight.sum()
         survival = _kaplan_meier(weight[order], truncated[order])
         rows.append(np.interp(-above, -survival, z[order]))

@@ -35,9 +35,12 @@ from block.length.features import ABSENT, ASKED, DENSE_NAMES, HASH_SIZE, Feature
 from block.length.trees import Trees
 
 FORMAT = "block-length"
-VERSION = 2
+VERSION = 3
 CLIP = 6.0
 """Dense features are cut this far from their mean in the linear part, which must not run away."""
+
+LEVEL_RECORDS = 30
+"""Records of a served model from which on the trees see its own level instead of the typical one."""
 
 _TREES = tuple(Trees.__struct_fields__)
 _BYTES_MAX = 64 << 20
@@ -150,14 +153,15 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
         base, base_scale = 0.0, 0.0
         if self.base is not None:
             at = self.base.effect(features, text, self.base.unknown)
-            base, base_scale = at.told + at.pull - self.base_center, at.log_scale
+            base, base_scale = self.base.unknown.slope * at.told - self.base_center, at.log_scale
         rarity = self.rarity[features.words]
         norm = float(np.sqrt(rarity @ rarity)) or 1.0
         words = self.intercept + float(rarity @ self.linear[features.words]) / norm
         words += float(np.clip(features.dense - self.dense_mean, -CLIP, CLIP) @ self.dense_weight)
         if self.encoder is not None:
             words += float((self.encoder.encode([text])[0] - self.vector_mean) @ self.vector_weight)
-        level = np.array([words, served.offset, served.spread, base, base_scale], dtype=np.float32)
+        seen = served if served.records >= LEVEL_RECORDS else self.unknown
+        level = np.array([words, seen.offset, seen.spread, base, base_scale], dtype=np.float32)
         row = np.concatenate([features.dense, level])
         own = self.own_weight * (self.mix * self.location_trees.one(row) + (1.0 - self.mix) * words)
         told = self.base_weight * base + min(max(own, self.own_low), self.own_high)
@@ -175,20 +179,20 @@ class LengthModel(msgspec.Struct, frozen=True, kw_only=True):
         """
         if self.encoder is not None:
             raise ConfigError("A model that was trained with --encoder cannot be the base of another.")
-        told = (np.zeros(len(dense)), np.zeros(len(dense)))
+        base, base_scale = np.zeros(len(dense)), np.zeros(len(dense))
         if self.base is not None:
-            told = self.base.effects(dense, bags)
-        base = told[0] - self.base_center
+            base, base_scale = self.base.effects(dense, bags)
+            base = base - self.base_center
         norm = np.sqrt(bags @ (self.rarity.astype(np.float64) ** 2))
         words = self.intercept + (bags @ (self.rarity * self.linear).astype(np.float64)) / np.where(norm > 0, norm, 1.0)
         words = words + np.clip(dense - self.dense_mean, -CLIP, CLIP) @ self.dense_weight
         offset, spread = (np.full(len(dense), level) for level in (self.unknown.offset, self.unknown.spread))
-        rows = np.column_stack([dense, words, offset, spread, base, told[1]]).astype(np.float32)
+        rows = np.column_stack([dense, words, offset, spread, base, base_scale]).astype(np.float32)
         own = self.own_weight * (self.mix * self.location_trees.many(rows) + (1.0 - self.mix) * words)
-        own = np.clip(own, self.own_low, self.own_high)
-        effect = self.base_weight * base + own + self.pull_weight * asked_pull(dense, offset)
-        rows[:, -_TOLD] = effect
-        return effect, self.scale_weight * self.scale_trees.many(rows) + self.base_scale_weight * told[1]
+        told = self.base_weight * base + np.clip(own, self.own_low, self.own_high)
+        rows[:, -_TOLD] = told + self.pull_weight * asked_pull(dense, offset)
+        log_scale = self.scale_weight * self.scale_trees.many(rows) + self.base_scale_weight * base_scale
+        return self.unknown.slope * told, log_scale
 
     def has_seen(self, groups: Iterable[str]) -> NDArray[np.bool_]:
         """Which of these prompts (`records.Record.group`) the model was trained on, where it remembers them."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from block.length.distribution import Estimate, Floats
@@ -95,38 +96,44 @@ def _gains(one: Score, scores: dict[str, Score]) -> dict[str, float]:
 
 
 def report_tables(reports: Sequence[GroupReport], estimator: str) -> list[Table]:
-    """Two tables: the estimator by group against the constants and the floor; all estimators over the sets."""
-    table = Table(title=f"{estimator}: unseen prompts, lengths in tokens", caption=_CAPTION)
-    for head in ("set / served model", "records", "mean", "MAE", "MAE/mean", "med. rel. err.", "pinball", "cover",
-                 "rank", "MAE vs mean", "vs median", "pinball vs constant", "floor MAE", "CV", "reachable", "reached"):  # fmt: skip
-        table.add_column(head, justify="left" if head == "set / served model" else "right")
+    """Three tables by group: the estimator's scores; its gains over the constants, and what could be gained; all estimators."""
+    scores = _table(f"{estimator}: unseen prompts, lengths in tokens", _SCORES, "cover: share within the 80 % interval")
+    gains = _table(f"{estimator}: how much lower than the constants of the same served model", _GAINS, _GAINS_SAY)
     for one in reports:
-        s, gains, floor = one.scores[estimator], one.gains[estimator], one.floor
-        table.add_row(
+        s, gain, floor = one.scores[estimator], one.gains[estimator], one.floor
+        scores.add_row(
             one.name, str(one.records), f"{s.mean_tokens:.0f}", f"{s.mae_tokens:.1f}", f"{s.mae_over_mean:.0%}",
             f"{s.median_relative_error:.0%}", f"{s.pinball_tokens:.1f}", f"{s.coverage_80_fraction:.0%}",
-            "-" if s.rank_correlation is None else f"{s.rank_correlation:.2f}", _gain(gains, "mae_vs_mean"),
-            _gain(gains, "mae_vs_median"), _gain(gains, "pinball_vs_quantiles"),
+            "-" if s.rank_correlation is None else f"{s.rank_correlation:.2f}",
+        )  # fmt: skip
+        gains.add_row(
+            one.name, _gain(gain, "mae_vs_mean"), _gain(gain, "mae_vs_median"), _gain(gain, "pinball_vs_quantiles"),
             "-" if floor is None else f"{floor.mae_tokens:.1f}", "-" if floor is None else f"{floor.cv:.2f}",
             "-" if one.reachable is None else f"{-one.reachable:+.0%}",
             "-" if one.reachable is None else f"{one.reached[estimator]:.0%}",
         )  # fmt: skip
-    return [table, _comparison(reports)]
+    return [scores, gains, _comparison(reports)]
 
 
-_CAPTION = (
-    "cover: share within the 80 % interval; vs: how much lower than the constant mean, the constant median and the "
-    "constant quantiles of the same served model; floor: error of the median of a prompt's other answers; reachable: how far "
-    "below the constant median a prompt's other answers would get (of other models, if need be); reached: the share of that"
+_SCORES = ("records", "mean", "MAE", "MAE/mean", "rel. err.", "pinball", "cover", "rank")
+_GAINS = ("MAE vs mean", "vs median", "pinball", "floor MAE", "CV", "reachable", "reached")
+_GAINS_SAY = (
+    "floor: error of the median of a prompt's other answers; reachable: how far below the constant median a prompt's "
+    "other answers would get (of other models, if need be); reached: the share of that"
 )
 
 
+def _table(title: str, heads: Sequence[str], caption: str | None = None) -> Table:
+    table = Table("set / served model", title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left",
+                  caption_justify="left")  # fmt: skip
+    for head in heads:
+        table.add_column(head, justify="right")
+    return table
+
+
 def _comparison(reports: Sequence[GroupReport]) -> Table:
-    table = Table(title="estimators and baselines: MAE / mean pinball, tokens; cover; rank")
-    table.add_column("set / served model")
-    estimators = list(reports[0].scores) if reports else []
-    for estimator in estimators:
-        table.add_column(estimator, justify="right")
+    heads = list(reports[0].scores) if reports else []
+    table = _table("estimators and baselines: MAE / mean pinball, tokens; cover; rank", heads)
     for one in reports:
         table.add_row(one.name, *(_brief(s) for s in one.scores.values()))
     return table
@@ -145,20 +152,24 @@ def draw(estimate: Estimate, path: Path, *, generated: int = 0, title: str = "")
     """A picture (.png or .svg) of a distribution: how likely the answer is to go on beyond each length."""
     from matplotlib.figure import Figure
 
-    x = EDGES[min(estimate.quantile(0.995, generated) * 1.5, estimate.cap) > EDGES]
-    x = x[x >= generated]
+    last = min(1.1 * estimate.quantile(0.98, generated), estimate.cap)
+    x = np.concatenate([[generated], EDGES[(generated < EDGES) & (last > EDGES)], [last]]).astype(np.int32)
     above = estimate.bank.above(estimate.row, x)
+    if last == estimate.cap:  # there all end
+        x, above = np.append(x, x[-1]), np.append(above, 0.0)
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.add_subplot()
     axes.fill_between(x, above / above[0], step=None, alpha=0.25)
     axes.plot(x, above / above[0])
     for q in (0.1, 0.5, 0.9):
         axes.axvline(estimate.quantile(q, generated), linestyle=":", color="black", linewidth=1)
-        axes.text(estimate.quantile(q, generated), 1.02, f"{q:.0%}", ha="center", fontsize=8)
-    axes.axvline(estimate.expected_total(generated), color="tab:red", linewidth=1, label="expected")
-    axes.set(xlabel="output tokens", ylabel="share that goes on", ylim=(0, 1.1), xlim=(generated, None))
+        tokens = estimate.quantile(q, generated)
+        axes.text(tokens, 1.02 + 0.05 * (q == 0.5), f"{q:.0%}: {tokens:.0f}", ha="center", fontsize=8)
+    expected = estimate.expected_total(generated)
+    axes.axvline(expected, color="tab:red", linewidth=1, label=f"expected {expected:.0f}")
+    axes.set(xlabel="output tokens", ylabel="share that goes on", ylim=(0, 1.15), xlim=(generated, None))
     axes.set_title(title, fontsize=9, loc="left", pad=12)
-    axes.legend(loc="upper right", frameon=False)
+    axes.legend(loc="lower left", frameon=False)
     figure.savefig(path)
 
 

@@ -40,7 +40,8 @@ class WordsRidge:
         seen = np.asarray((words[first] > 0).sum(axis=0)).ravel()
         rarity = np.sqrt(np.log((len(first) + 1) / (seen + 1)))  # the root: common cue words matter ("explain")
         self.rarity: Vector = np.where(seen > 1, rarity, 0.0).astype(np.float32)
-        weighted = words[first].multiply(self.rarity).tocsr()
+        self._used = np.flatnonzero(self.rarity)  # of the hashed terms some percent: the rest weigh nothing
+        weighted = words[first].multiply(self.rarity).tocsr()[:, self._used]
         norms = np.sqrt(np.asarray(weighted.multiply(weighted).sum(axis=1)).ravel())
         self.mean: Vector = dense[first].mean(axis=0)
         self._scale = _DENSE_SHARE / np.maximum(dense[first].std(axis=0), 0.02)
@@ -65,7 +66,9 @@ class WordsRidge:
         """The weights on all rows, with the ridge that `out_of_fold` picked."""
         mean, weight = self._averaged(target)
         solution, intercept = self._solve(np.ones(len(mean), dtype=bool), mean, weight, self._ridge)
-        words, dense, vector = np.split(solution.astype(np.float32), self._parts)
+        used, dense, vector = np.split(solution.astype(np.float32), self._parts)
+        words = np.zeros(len(self.rarity), dtype=np.float32)
+        words[self._used] = used
         return Linear(words, (dense * self._scale).astype(np.float32), vector * np.float32(_VECTOR_SHARE), intercept)
 
     def _averaged(self, target: Floats) -> tuple[Floats, Floats]:

@@ -171,7 +171,8 @@ def cross_validate(
     """
     prompts = len({r.group for r in records})
     if prompts < folds:
-        raise BadInputError(f"The records are of {prompts} different prompts, too few for {folds} folds to score on.")
+        counted = f"{prompts} different prompt{'s' * (prompts != 1)}"
+        raise BadInputError(f"The records are of {counted}, too few for {folds} folds to score on.")
     fold = np.array([fold_of(r.group, folds) for r in records])
     told = {name: np.zeros((len(records), 3)) for name in tellers}
     for k in range(folds):

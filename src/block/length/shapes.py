@@ -15,6 +15,7 @@ PRIOR_SIGMA = 1.1
 """The prior of an unknown model: chat answers of the public sets have medians of 100-400 tokens, widely spread."""
 
 _LOG_EDGES = np.log(np.maximum(EDGES, 0.5))
+_LOG_NEXT = np.log(EDGES + 0.5)  # a length is a whole number: above an edge is what rounds to more than it
 
 
 def lognormal(median_tokens: float, sigma: float) -> Floats:
@@ -41,12 +42,12 @@ def from_counts(counts: Floats) -> Floats:
 
 
 def around(residuals: Floats, above: Floats, log_locations: Floats) -> Floats:
-    """Rows of one shape at many places: T = exp(location + residual).
+    """Rows of one shape at many places: T = exp(location + residual), rounded.
 
     ``residuals``: (m,) rising knots of log(T) - location; ``above``: (m,) P(residual > knot), linear in between;
     ``log_locations``: (n,). Returns (n, edges).
     """
-    z = _LOG_EDGES[None, :] - log_locations[:, None]
+    z = _LOG_NEXT[None, :] - log_locations[:, None]
     core = np.interp(z, residuals, above, left=1.0, right=0.0)
     return finished(core, _normal_above(z / TAIL_SIGMA))
 

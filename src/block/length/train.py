@@ -2,12 +2,16 @@
 
 Order of work, every step seeing only out-of-fold scores of the one before (folds are split by prompt):
 
-1. level of each served model: the median log-length; what the base tells above or below it, and how much that is worth;
+1. level of each served model: the median log-length; what the base tells above or below it;
 2. linear part (`ridge`) of what is left;
 3. trees for the location (absolute error) on the dense features, that score, the model's level and the base; both with
    and without what the text is about, whichever tells more;
-4. how much of each to mix, and each served model's slope, shrunk towards 1;
-5. trees for the spread and how much of it to believe, then the shapes of the standardised residuals by spread (`family`).
+4. how much of each to mix, and each served model's slope;
+5. trees for the spread, then the shapes of the standardised residuals by spread (`family`).
+
+How much of each part is believed follows from how surely the records speak for it and a prior (`belief`). The priors of
+the base and of what records teach are in line with what other prompts of public sets bore out
+(experiments/length_transfer.py); the other three are guesses, which some dozen prompts outweigh.
 """
 
 from collections.abc import Sequence
@@ -17,28 +21,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from block.errors import BadInputError
+from block.length.belief import SHARES, Prior, least, seen
 from block.length.boost import Boost, leaf_rows
 from block.length.distribution import Floats
 from block.length.family import fit_family
-from block.length.model import LengthModel, ServedModel, TextEncoder, Vector, asked_pull, prompt_hashes
+from block.length.model import LEVEL_RECORDS, LengthModel, ServedModel, TextEncoder, Vector, asked_pull, prompt_hashes
 from block.length.records import Record
 from block.length.ridge import WordsRidge
 from block.length.tabulate import FOLDS, Table, tabulate
 
 RECORDS_MIN = 50
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_SHARES = np.linspace(0.0, 1.0, 21)
-_SLOPES = np.linspace(0.0, 1.3, 27)
+BASE_PRIOR = Prior(1.0, 0.6)
+"""How much of what a base tells of an unknown served model holds for other records."""
+
+PULL_PRIOR = Prior(0.6, 0.3)
+"""How much of the way from its usual length to an asked one a model goes."""
+
+SLOPE_PRIOR = Prior(1.0, 0.25)
+"""How strongly one served model follows what is told for all."""
+
+SCALE_PRIOR = Prior(1.0, 0.5)
+"""How much of a base's log-scale holds for other records."""
+
+HALF_PROMPTS, OWN_WIDTH = 100, 0.3
+"""From how many prompts what the records taught holds by half on others, and how widely that varies between sets."""
+
+_BASE_MOST = (
+    2.0  # a base speaks of an unknown model with half its voice (experiments/ship_lengths.py): this is all of it
+)
+_BASE_PASSES = 2
 _BEYOND = 0.3  # how far beyond what training saw an effect may reach, in logs
-_SHRINK = 30.0
-OWN_SHRINK = 50.0
-"""Prompts that what the records themselves taught must come from to be worth half, beside a base."""
-
-BASE_PRIOR = 0.5
-"""How much of a base's effect holds for other records, before there is evidence: between public sets 0 to 1, 0.5 in the mean."""
-
-PULL_PRIOR = 0.6
-"""How much of the way from its usual length to an asked one a model goes, before there is evidence."""
+_MUCH = 500  # records from which on a served model counts no more in what is typical
+_ALIKE, _ALIKE_MODELS = (
+    5.0,
+    2.0,
+)  # a level of 5 records is worth half, where not more than 2 models tell how much they differ
+_WIDTH_RECORDS = 30.0  # of a served model that are worth as much as all others' width
 
 
 def fit(
@@ -66,11 +85,14 @@ def fit(
         key=lambda found: found[0].error,
     )
     slope = _slopes(table, located.target - located.pull, located.told)
-    residual = located.target - located.pull - slope[table.model] * located.told
+    effect = slope[table.model] * located.told
+    offset, spreads = levels(table.log_tokens - effect - located.pull, table.model)
+    over = table.log_tokens - effect - located.pull_weight * asked_pull(table.dense, offset[table.model])
+    residual = over - _held_out_levels(over, table)
     spread = _spread(table, start, located, residual, rounds, threads)
     told = spread.scale * spread.width[table.model]
     linear = located.ridge.fit(located.rest)
-    parts = (start.offset, start.spread, slope, spread.width)
+    parts = (offset, spreads, slope, spread.width)
     served = {
         name: ServedModel(name, int((table.model == m).sum()), *(float(part[m]) for part in parts))
         for m, name in enumerate(table.models)
@@ -82,7 +104,7 @@ def fit(
         pull_weight=located.pull_weight, own_low=float(np.quantile(located.own, 0.002)) - _BEYOND,
         own_high=float(np.quantile(located.own, 0.998)) + _BEYOND, mix=located.mix, own_weight=located.own_weight,
         scale_weight=spread.weight, base_scale_weight=spread.base_weight, served=served, unknown=typical(served),
-        family=fit_family(residual, told, table.truncated, None if base is None else base.family),
+        family=fit_family(residual, told, table.truncated, prompts=table.prompts, prior=None if base is None else base.family),
         base=base, base_weight=start.weight, base_center=start.center,
         prompts=np.unique(prompt_hashes({r.group for r in records})) if remember else prompt_hashes(()),
         about={"records": len(table.fold), "prompts": table.prompts},
@@ -104,8 +126,8 @@ def _table(records: Sequence[Record], encoder: TextEncoder | None) -> Table:
 
 
 class _Start(NamedTuple):
-    """Levels of the served models, (models,), and what the base tells of each record, (n,): its effect above or below
-    ``center``, worth ``weight``, and its log-scale. All 0 without a base (``based`` is false)."""
+    """Levels and spreads of the served models, (models,), and what the base tells of each record, (n,): its effect above
+    or below ``center``, worth ``weight``, and its log-scale. Of the base all is 0 without one."""
 
     based: bool
     offset: Floats
@@ -114,20 +136,24 @@ class _Start(NamedTuple):
     told_scale: Floats
     weight: float
     center: float
+    pull: Prior
 
 
 def _start(table: Table, base: LengthModel | None) -> _Start:
     """Levels of what the base does not explain."""
-    offset, spread = levels(table.log_tokens, table.model)
     if base is None:
         none = np.zeros(len(table.log_tokens))
-        return _Start(False, offset, spread, none, none, 0.0, 0.0)
+        return _Start(False, *levels(table.log_tokens, table.model), none, none, 0.0, 0.0, PULL_PRIOR)
+    pull = Prior(base.pull_weight, PULL_PRIOR.width)
     told, told_scale = base.effects(table.dense, table.words)
     center = float(np.median(told))
     told = told - center
-    target = table.log_tokens - offset[table.model]
-    weight = _share(target, told, _SLOPES, prompts=table.prompts, prior=BASE_PRIOR, worth=_SHRINK)
-    return _Start(True, *levels(table.log_tokens - weight * told, table.model), told, told_scale, weight, center)
+    weight = BASE_PRIOR.mean
+    for _ in range(_BASE_PASSES):  # what the base explains, then the levels without it, then the same again
+        offset, spread = levels(table.log_tokens - weight * told, table.model)
+        target = table.log_tokens - offset[table.model] - pull.mean * asked_pull(table.dense, offset[table.model])
+        weight = seen(target, told, table.prompt).believed(BASE_PRIOR, most=_BASE_MOST)
+    return _Start(True, offset, spread, told, told_scale, weight, center, pull)
 
 
 class _Located(NamedTuple):
@@ -158,23 +184,30 @@ def _locate(table: Table, start: _Start, rounds: int, threads: int) -> _Located:
     target = table.log_tokens - offset
     pull = asked_pull(table.dense, offset)
     base = start.weight * start.told
-    pull_weight = _pull_weight(table, target - base, pull, 0.0 if start.based else PULL_PRIOR)
+    pull_weight = _pull_weight(table, target - base, pull, start.pull)
     pull = pull_weight * pull
     rest = target - base - pull
 
     ridge = WordsRidge(table.words, table.dense, table.vectors, table.prompt, table.fold)
     score = ridge.out_of_fold(rest)
-    level = np.column_stack([offset, start.spread[table.model], start.told, start.told_scale])
+    level = np.column_stack([*_seen_levels(table, start), start.told, start.told_scale])
     columns = np.column_stack([table.dense, score, level]).astype(np.float32)
     boost = Boost(rounds, threads, leaf_rows(table), "l1")
     guess = boost.out_of_fold(columns, rest, table.fold)
     mix = min(MIXES, key=lambda m: float(np.abs(rest - m * guess - (1 - m) * score).mean()))
     own = mix * guess + (1 - mix) * score
-    own_weight = 1.0
-    if start.based:
-        own_weight = _share(rest, own, _SHARES, prompts=table.prompts, prior=0.0, worth=OWN_SHRINK)
+    own_weight = seen(rest, own, table.prompt).believed(_own_prior(table), most=1.0)
     own = own_weight * own
     return _Located(target, rest, own, base + own, pull, columns, level, ridge, boost, pull_weight, mix, own_weight)
+
+
+def _seen_levels(table: Table, start: _Start) -> list[Floats]:
+    """Level and spread that the trees see of each record's served model, (n,) each: of one with few records the typical,
+    for its own would tell each of these records about itself."""
+    count = np.bincount(table.model)
+    typical = [np.average(part, weights=np.minimum(count, _MUCH)) for part in (start.offset, start.spread)]
+    parts = zip((start.offset, start.spread), typical, strict=True)
+    return [np.where(count >= LEVEL_RECORDS, part, of_all)[table.model] for part, of_all in parts]
 
 
 class _Spread(NamedTuple):
@@ -193,66 +226,77 @@ def _spread(table: Table, start: _Start, located: _Located, residual: Floats, ro
     size = np.log(np.abs(residual) + 0.05)
     boost = Boost(max(rounds // 4, 20), threads, 2 * leaf_rows(table), "l2")
     wide = boost.out_of_fold(columns, size, table.fold)
-    weight, base_weight = _scale_weights(residual, wide, start.told_scale)
-    scale = np.exp(weight * wide + base_weight * start.told_scale)
+    base_weight = (
+        _scale_weight(table, residual, np.zeros(len(size)), start.told_scale, SCALE_PRIOR) if start.based else 0.0
+    )
+    told_scale = base_weight * start.told_scale
+    weight = _scale_weight(table, residual, told_scale, wide, _own_prior(table))
+    scale = np.exp(weight * wide + told_scale)
     return _Spread(scale, _widths(table, residual, scale), (columns, size), boost, weight, base_weight)
 
 
-def _share(target: Floats, told: Floats, shares: Floats, *, prompts: int, prior: float, worth: float) -> float:
-    """How much of ``told`` the target holds: least absolute error, with a prior worth so many prompts."""
-    errors = np.abs(target[:, None] - told[:, None] * shares[None, :]).mean(axis=0)
-    return float((prompts * shares[int(np.argmin(errors))] + worth * prior) / (prompts + worth))
+def _own_prior(table: Table) -> Prior:
+    return Prior(table.prompts / (table.prompts + HALF_PROMPTS), OWN_WIDTH)
 
 
-def _scale_weights(residual: Floats, wide: Floats, told_scale: Floats) -> tuple[float, float]:
-    """How much of the trees' and of the base's log-scale to believe: the likeliest under a Laplace distribution."""
-    size = np.abs(residual) + 1e-3
-    best, chosen = np.inf, (0.0, 0.0)
-    for own in MIXES:
-        for other in MIXES if np.ptp(told_scale) > 0 else (0.0,):
-            log_scale = own * wide + other * told_scale
-            loss = float(log_scale.mean() + np.log((size / np.exp(log_scale)).mean()))
-            if loss < best - 1e-9:
-                best, chosen = loss, (own, other)
-    return chosen
+def _scale_weight(table: Table, residual: Floats, known: Floats, told: Floats, prior: Prior) -> float:
+    """How much of a log-scale to believe beside what is ``known`` of it: the likeliest under a Laplace distribution."""
+    log_scale = known[:, None] + told[:, None] * SHARES[None, :]
+    size = np.abs(residual)[:, None] / np.exp(log_scale)
+    width = np.maximum(size.mean(axis=0), 1e-6)
+    return least(log_scale + np.log(width) + size / width, table.prompt).believed(prior, most=1.0)
 
 
-def _pull_weight(table: Table, target: Floats, pull: Floats, prior: float) -> float:
+def _pull_weight(table: Table, target: Floats, pull: Floats, prior: Prior) -> float:
     """How much of an asked length is delivered, 0-1."""
     asked = pull != 0
     if not asked.any():
-        return prior
-    prompts = len(np.unique(table.prompt[asked]))
-    return _share(target[asked], pull[asked], _SHARES, prompts=prompts, prior=prior, worth=_SHRINK)
+        return prior.mean
+    return seen(target[asked], pull[asked], table.prompt[asked]).believed(prior, most=1.0)
 
 
-def levels(log_tokens: Floats, model: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Median and mean absolute deviation of the log-lengths of each served model, shrunk towards those of all."""
+def levels(log_tokens: Floats, model: NDArray[np.int64], models: int = 0) -> tuple[Floats, Floats]:
+    """Median and mean absolute deviation of the log-lengths of each served model, shrunk towards those of all by as much
+    as they differ less than chance has them differ. ``models``: how many there are, where some may have no record."""
     grand = float(np.median(log_tokens))
     wide = float(np.abs(log_tokens - grand).mean())
-    models = int(model.max()) + 1
-    offset, spread = np.zeros(models), np.zeros(models)
-    for m in range(models):
+    count = np.bincount(model, minlength=models)
+    median, spread = np.full(len(count), grand), np.full(len(count), wide)
+    for m in np.flatnonzero(count):
         own = log_tokens[model == m]
-        kept = len(own) / (len(own) + 5.0)
-        offset[m] = kept * np.median(own) + (1 - kept) * grand
-        spread[m] = kept * np.abs(own - np.median(own)).mean() + (1 - kept) * wide
-    return offset, spread
+        median[m] = np.median(own)
+        spread[m] = np.abs(own - median[m]).mean()
+    seen = count > 0
+    kept = count / (count + _alike(median[seen], count[seen], 1.6 * float(np.average(spread, weights=count))))
+    return kept * median + (1 - kept) * grand, kept * spread + (1 - kept) * wide
+
+
+def _held_out_levels(log_tokens: Floats, table: Table) -> Floats:
+    """The level of each record's served model by the other folds, (n,): what is left then holds the level's own error too."""
+    level = np.zeros(len(log_tokens))
+    for k in range(FOLDS):
+        out = table.fold == k
+        level[out] = levels(log_tokens[~out], table.model[~out], len(table.models))[0][table.model[out]]
+    return level
+
+
+def _alike(median: Floats, count: NDArray[np.int64], deviation: float) -> float:
+    """How many records of a served model are worth as much as all others' level: the variance of one record over that
+    between models, by moments, beside a prior of `_ALIKE_MODELS` models."""
+    error = (deviation**2 + 1e-6) / count
+    between = float(((median - np.average(median, weights=count)) ** 2 - error).sum())
+    before = (deviation**2 + 1e-6) / _ALIKE
+    variance = max(between + _ALIKE_MODELS * before, 0.0) / (len(median) + _ALIKE_MODELS)
+    return float(np.clip((deviation**2 + 1e-6) / max(variance, 1e-9), 0.5, 1e4))
 
 
 def _slopes(table: Table, target: Floats, effect: Floats) -> Floats:
-    """How strongly each model follows what is told for all: least absolute error, shrunk towards that of all."""
-
-    def best(rows: NDArray[np.bool_] | slice) -> float:
-        errors = np.abs(target[rows][:, None] - effect[rows][:, None] * _SLOPES[None, :]).mean(axis=0)
-        return float(_SLOPES[int(np.argmin(errors))])
-
-    shared = best(slice(None))
-    slope = np.full(len(table.models), shared)
-    for m in range(len(table.models)):
-        own = table.model == m
-        prompts = len(np.unique(table.prompt[own]))
-        slope[m] = (prompts * best(own) + _SHRINK * shared) / (prompts + _SHRINK)
+    """How strongly each model follows what is told for all."""
+    slope = np.full(len(table.models), SLOPE_PRIOR.mean)
+    if np.ptp(effect) > 0 and len(slope) > 1:
+        for m in range(len(slope)):
+            own = table.model == m
+            slope[m] = seen(target[own], effect[own], table.prompt[own]).believed(SLOPE_PRIOR, most=2.0)
     return slope
 
 
@@ -263,7 +307,9 @@ def _widths(table: Table, residual: Floats, told: Floats) -> Floats:
     for m in range(len(table.models)):
         own = table.model == m
         count = int(own.sum())
-        width[m] = (count * float(np.median(np.abs(residual[own]) / told[own])) + _SHRINK * shared) / (count + _SHRINK)
+        width[m] = (count * float(np.median(np.abs(residual[own]) / told[own])) + _WIDTH_RECORDS * shared) / (
+            count + _WIDTH_RECORDS
+        )
     floored: Floats = np.maximum(width, 1e-3)
     return floored
 
@@ -271,7 +317,7 @@ def _widths(table: Table, residual: Floats, told: Floats) -> Floats:
 def typical(served: dict[str, ServedModel]) -> ServedModel:
     """What to believe of a served model that the records do not hold: the record-weighted mean of those they do."""
     models = list(served.values())
-    weight = np.array([min(model.records, 500) for model in models], dtype=float)
+    weight = np.array([min(model.records, _MUCH) for model in models], dtype=float)
     mean = {part: float(np.average([getattr(model, part) for model in models], weights=weight))
             for part in ("offset", "spread", "slope", "width")}  # fmt: skip
     return ServedModel("", int(sum(model.records for model in models)), **mean)

@@ -163,7 +163,8 @@ def fine_tune(
     out = np.flatnonzero(held) if held.sum() >= RECORDS_MIN // 5 else np.arange(len(records))
     told_out = made.tell([texts[i] for i in out])
     truncated = np.array([records[int(i)].truncated for i in out])
-    made.family = fit_family(target[out] - told_out[:, 0], told_out[:, 1], truncated)
+    prompts = len({records[int(i)].key for i in out})
+    made.family = fit_family(target[out] - told_out[:, 0], told_out[:, 1], truncated, prompts=prompts)
     return made
 
 
