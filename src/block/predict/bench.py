@@ -114,11 +114,11 @@ def _measure(scenario: str, running: int, waiting: int, blocks: int, seconds: fl
 
 def _times_us(work: "object", seconds: float) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
     assert callable(work)
-    times: list[int] = []
-    end = time.process_time() + seconds
     for i in range(3 * STATES):
         work(i)
-    while time.process_time() < end:
+    times: list[int] = []
+    end = time.process_time() + seconds
+    while not times or time.process_time() < end:
         for i in range(100):
             start = time.perf_counter_ns()
             work(i)
