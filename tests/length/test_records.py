@@ -156,7 +156,7 @@ def test_a_log_that_is_still_written_may_end_in_half_a_line(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("log.jsonl.gz", gzip.compress(b'{"prompt": "Hi", "output_tokens": 3}' * 99)[:40]),
+        ("log.jsonl.gz", gzip.compress(b'{"prompt": "Hi", "output_tokens": 3}' * 99, mtime=0)[:40]),
         ("log.jsonl", b"\xff\xfe\x00"), ("log.csv", b"prompt,output_tokens\nHi,3\n"), ("log.jsonl", b"[[[[" * 5000),
         ("set.json", b'{"prompts": [{"results": 3}]}'), ("set.json", b'{"prompts": [1]}'), ("log.json", b"[1, 2]"),
         ("log.jsonl", b'{"conversations": [{"from": "human"}]}'), ("log.jsonl", b'{"output_tokens": 3, "features": 7}'),
