@@ -143,9 +143,19 @@ def test_of_two_kinds_the_cheapest_mix_is_wanted() -> None:
 
 def test_the_cheapest_counts_are_found_whatever_the_present_ones() -> None:
     kinds = [Kind(name="small", price=1.0, most=30), Kind(name="large", price=2.5, most=30)]
-    for have in ({"small": 0, "large": 0}, {"small": 30, "large": 0}, {"small": 3, "large": 2}):
+    for have in ({"small": 0, "large": 0}, {"small": 30, "large": 0}, {"small": 9, "large": 3}):
         want, missed = cheapest(kinds, have, lambda want: max(0.0, 1 - (want["small"] + 2 * want["large"]) / 7), 0.0)
         assert (want, missed) == ({"small": 7, "large": 0}, 0.0)
+
+
+def test_a_mix_that_does_is_not_given_up_for_one_that_is_a_little_cheaper() -> None:
+    def wanted_at(price: float) -> dict[str, int]:
+        kinds = [Kind(name="small", price=1.0, most=30), Kind(name="large", price=price, most=30)]
+        have = {"small": 1, "large": 3}
+        return cheapest(kinds, have, lambda want: max(0.0, 1 - (want["small"] + 2 * want["large"]) / 7), 0.0)[0]
+
+    assert wanted_at(2.3) == {"small": 1, "large": 3}
+    assert wanted_at(3.5) == {"small": 7, "large": 0}
 
 
 def test_if_nothing_will_do_no_more_are_taken_than_help() -> None:
