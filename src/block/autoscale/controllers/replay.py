@@ -41,9 +41,9 @@ QUEUED_CALM = 4
 class Replay:
     """``target``: the fraction of requests that must be expected to meet the SLO, beside those that would miss it alone.
     ``margin``: the part of the capacity that is not used. ``recent_s``: what is replayed; ``renew_s``: how often capacities are
-    found anew. ``beyond_s``: how long, after a cold start, the count must do; ``level_s``: rates are means over so long; ``base_s``: told relative to
-    a mean over so long; ``past_s``: how far back is looked for what came next; ``period_s``: the season's length. ``spare``:
-    instances added to the answer. ``zero`` 1: none after ``idle_s`` without a request.
+    found anew. ``beyond_s``: how long, after a cold start, the count must do; ``level_s``: rates are means over so long;
+    ``base_s``: told relative to a mean over so long; ``past_s``: how far back is looked for what came next; ``period_s``: the
+    season's length. ``spare``: instances added to the answer. ``zero`` 1: none after ``idle_s`` without a request.
     """
 
     name = "replay"
