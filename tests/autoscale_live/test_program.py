@@ -331,3 +331,12 @@ async def test_members_can_be_told_by_a_file_that_the_gateways_watch(
     await membership.beat()
     assert read_instances(str(file), GatewayConfig()) == []
     assert not fake.instances
+
+
+async def test_a_gateway_that_never_answered_is_said_once(session: Any, gateways: Any, caplog: Any) -> None:
+    there, gone = await gateways(2)
+    await gone.stop()
+    membership = Membership([there.gateway(session), gone.gateway(session)])
+    for _ in range(3):
+        await membership.beat()
+    assert caplog.text.count("does not answer: no connection: Connection refused") == 1

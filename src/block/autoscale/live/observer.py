@@ -85,12 +85,9 @@ class Observer:
             answer = await gateway.recent()
         except GatewayError as error:
             blind.append(gateway.url)
-            if self.silent.get(gateway.url) != str(error):
-                log.warning("gateway %s cannot be asked: %s", gateway.url, error)
             self.silent[gateway.url] = str(error)
             return None
-        if self.silent.pop(gateway.url, None) is not None:
-            log.info("gateway %s answers again", gateway.url)
+        self.silent.pop(gateway.url, None)
         return answer
 
     # Arrivals and ends
