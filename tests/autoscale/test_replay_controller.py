@@ -233,3 +233,9 @@ def test_observations_at_uneven_times_are_put_on_an_even_grid() -> None:
     ends_s = np.array([10.0, 45.0, 60.0, 130.0, 180.0])
     rates = on_grid(ends_s, 2.0 * np.diff(ends_s, prepend=-25.0), 30.0)
     assert rates == pytest.approx(2.0)
+
+
+def test_the_rate_is_right_from_the_second_observation_on() -> None:
+    for count in (2, 3, 8):
+        ends_s = 5.0 * np.arange(1, count + 1)
+        assert on_grid(ends_s, np.full(count, 60.0), 30.0) == pytest.approx(12.0)
