@@ -95,6 +95,27 @@ async def test_an_actuator_that_cannot_say_is_blind_and_its_members_stay_as_know
     assert [member.id for member in seen.members] == ["small-0"]
 
 
+async def test_a_kind_that_is_not_configured_is_said_once(session: Any, gateways: Any, caplog: Any) -> None:
+    fakes = await gateways()
+    actuator = FakeActuator()
+    await actuator.scale_to({"huge": 1})
+    observer = observer_of(session, fakes, actuator)
+    seen = [(await observer.look(60.0, 5.0))[-1] for _ in range(3)]
+    assert [one.blind for one in seen] == [("actuator",)] * 3
+    assert caplog.text.count("it tells of the kind 'huge'; configured are small, large.") == 1
+
+
+async def test_it_is_known_why_a_gateway_cannot_be_asked(session: Any, gateways: Any) -> None:
+    strict, gone = await gateways(2)
+    await gone.stop()
+    reached = [strict.gateway(session, "wrong"), gone.gateway(session)]
+    observer = Observer(reached, Membership(reached, "none"), FakeActuator(), KINDS, session)
+    await observer.look(60.0, 5.0)
+    assert observer.silent == {
+        strict.url: "it refuses the admin key", gone.url: "no connection: Connection refused",
+    }  # fmt: skip
+
+
 async def test_a_predictor_is_asked_where_no_gateway_has_fresh_evidence(session: Any, gateways: Any) -> None:
     fake, predictor = await gateways(2)
     fake.seat("small-0", predictor=predictor.url)

@@ -25,6 +25,7 @@ from block.errors import ActuatorError, BadInputError, ConfigError, UnknownNameE
 from block.gateway.config import GatewayConfig, InstanceConfig
 from block.gateway.members.discovery.file import read_instances
 from block.predictor.serving import bind, url_of
+from block.predictor.serving import run as run_program
 
 GOOD: dict[str, Any] = {
     "controller": "static:count=2", "interval_s": 0.1, "gateways": {"urls": ["http://127.0.0.1:9"], "admin_key": KEY},
@@ -49,6 +50,10 @@ GOOD: dict[str, Any] = {
         ({"controller": "static:cuont=1"}, "has no option cuont"),
         ({"kinds": [{"name": "a"}, {"name": "a"}]}, "no two of one name"),
         ({"kinds": [{"name": "a", "least": 3, "most": 2}]}, "needs 0 <= least <= most"),
+        ({"kinds": [{"name": "a", "price": 0}]}, "needs a price above 0"),
+        ({"kinds": [{"name": "a", "cold_start_s": -1}]}, "needs a price above 0 and a cold_start_s of at least 0"),
+        ({"slo": {"ttft_s": -1}}, "slo.ttft_s must be above 0"),
+        ({"guard": {"least": 9}, "kinds": [{"most": 4}]}, "guard.least is 9, but all kinds together have at most 4"),
         ({"interval_s": 0}, "interval_s must be above 0"),
         ({"name": "a b"}, "name must be letters"),
     ],
@@ -79,6 +84,8 @@ def test_a_file_that_is_not_there_or_no_toml_is_said(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("a = = 1")
     with pytest.raises(BadInputError, match="is not TOML"):
         load_settings(tmp_path / "bad.toml")
+    with pytest.raises(BadInputError, match="cannot be read: Is a directory"):
+        load_settings(tmp_path)
 
 
 def test_one_name_and_gateways_make_one_lock(tmp_path: Path) -> None:
@@ -163,6 +170,27 @@ def test_a_configuration_is_checked_without_running(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_another_controller_on_the_command_line_leaves_the_options_of_the_configured_one(tmp_path: Path) -> None:
+    file = tmp_path / "autoscale.toml"
+    file.write_text(
+        'controller = "replay"\noptions = { target = 0.99 }\n[gateways]\nurls = ["http://127.0.0.1:9"]\n'
+        '[actuator]\ntype = "metric"\n'
+    )
+    done = run(str(file), "--check-config", "--controller", "relief:threshold_s=5")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_lock_that_cannot_be_is_said_at_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "autoscale.toml"
+    file.write_text(
+        f'lock = "{tmp_path}/none/lock"\n[gateways]\nurls = ["http://127.0.0.1:9"]\nadmin_key = "k"\n'
+        '[actuator]\ntype = "metric"\n'
+    )
+    done = run(str(file), "--port", "0")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "The lock file" in done.stderr
+
+
 # The operator's own command
 
 SCRIPT = """
@@ -195,6 +223,14 @@ async def test_a_command_that_fails_or_is_too_slow_is_an_error_and_ends() -> Non
     async with asyncio.timeout(10):
         with pytest.raises(ActuatorError, match=r"took longer than 0.2 s"):
             await slow.scale_to({"gpu": 1})
+
+
+def test_a_command_that_does_not_listen_has_done_its_work(tmp_path: Path) -> None:
+    async def often() -> None:
+        for count in range(20):
+            await ExecActuator(ExecSettings(command=["true"]), None).scale_to({"gpu": count})  # type: ignore[arg-type]
+
+    run_program(often())  # on the loop of the program: uvloop tells of a pipe that is closed already in its own way
 
 
 async def test_a_command_may_say_what_members_there_are() -> None:
@@ -295,3 +331,12 @@ async def test_members_can_be_told_by_a_file_that_the_gateways_watch(
     await membership.beat()
     assert read_instances(str(file), GatewayConfig()) == []
     assert not fake.instances
+
+
+async def test_a_gateway_that_never_answered_is_said_once(session: Any, gateways: Any, caplog: Any) -> None:
+    there, gone = await gateways(2)
+    await gone.stop()
+    membership = Membership([there.gateway(session), gone.gateway(session)])
+    for _ in range(3):
+        await membership.beat()
+    assert caplog.text.count("does not answer: no connection: Connection refused") == 1

@@ -8,7 +8,7 @@ import click
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--controller", help="Instead of the configured one; options as in replay:margin=0.1.")
+@click.option("--controller", help="Instead of the configured one and its options; written as replay:margin=0.1.")
 @click.option("--host", help="Address of metrics and decisions. [127.0.0.1]")
 @click.option("--port", type=int, help="Their port; 0 takes a free one. [8300]")
 @click.option("--dry-run", is_flag=True, help="Decide and explain; start and stop nothing.")
@@ -44,6 +44,8 @@ def command(
     settings = load_settings(config)
     changes: dict[str, Any] = {"controller": controller, "host": host, "port": port}
     changes = {name: value for name, value in changes.items() if value is not None}
+    if controller is not None:
+        changes["options"] = {}  # they are of the configured one
     settings = msgspec.structs.replace(settings, **changes)
     if check_config:
         kinds = ", ".join(kind.name for kind in settings.kinds)

@@ -66,7 +66,7 @@ class Child:
     async def tell(self, text: bytes) -> None:
         """Write to its standard input and close it; no error if it does not listen."""
         assert self._process.stdin is not None
-        with suppress(ConnectionError):
+        with suppress(ConnectionError, RuntimeError):  # the latter is uvloop's where it has ended already
             self._process.stdin.write(text)
             await self._process.stdin.drain()
         self._process.stdin.close()

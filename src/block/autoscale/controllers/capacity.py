@@ -66,13 +66,14 @@ class Capacities:
         self._recent = Recent()
         self._arrivals: Arrivals | None = None
         self._due: float | None = None
-        self._known: dict[tuple[int, ...], Curve] = {}
-        self._tried: dict[tuple[int, ...], Curve] = {}  # by counts and part: loads an instance
+        self._tried: dict[tuple[str, int, int], Curve] = {}  # by kind, count and part
+        self._mixed: dict[tuple[int, ...], Curve] = {}
         self.each_s = 1.0
         """Mean work of a recent request, in seconds."""
         self.alone = 0.0
         """The fraction that would miss even on idle instances."""
-        self._guess = 0  # the power of GRID from which on the instances of the last candidate were overloaded
+        self._none = dict.fromkeys(stage.one_of_each(), 0)
+        self._guess = dict(self._none)  # by kind: the power of GRID from which on the last candidate was overloaded
 
     def renew(self, window: Sequence[Observation]) -> bool:
         """Take in a window; whether there is anything to replay."""
@@ -93,54 +94,55 @@ class Capacities:
         whole = bool(before) and before[-1].at_s - before[0].at_s > 0.2 * self._recent_s
         self.each_s = float(self._work.of(arrivals.prompts, arrivals.outputs).mean())
         arrivals = arrivals.even(self._level_s)
-        self._arrivals, self._due, self._known = arrivals, due if whole else None, {}
-        self._tried = {}
+        self._arrivals, self._due = arrivals, due if whole else None
+        self._tried, self._mixed = {}, {}
         # Requests that miss the SLO even on idle instances (long prompts) are no reason for more of them.
         self.alone = self._missed(self._stage.one_of_each(), arrivals, LEAST_LOAD / self.each_s)
         self.allowed = 1 - (1 - self._least_allowed) * (1 - self.alone)
         return True
 
     def of(self, want: Counts) -> Curve:
-        """What ``want`` instances would miss under every load."""
-        count = sum(want.values())
-        if count == 0 or self._arrivals is None:
-            return NONE
+        """What ``want`` instances would miss under every load. A mix bears what its kinds bear: each takes the part of the load
+        that is its part of what all bear, which is what a dispatcher that sees their speeds does."""
+        alone = [self._of_one_kind(name, count) for name, count in want.items() if count > 0]
+        if len(alone) < 2 or self._arrivals is None:
+            return alone[0] if alone and self._arrivals is not None else NONE
         key = tuple(want.values())
-        if key not in self._known:
-            self._known[key] = self._by_parts(want, count)
-        return self._known[key]
+        if key not in self._mixed:
+            self._mixed[key] = _together(alone, self.allowed)
+        return self._mixed[key]
 
-    def _by_parts(self, want: Counts, count: int) -> Curve:
-        """Of many instances of one kind a few are tried, with their share of the requests (every so-manieth)."""
-        assert self._arrivals is not None
-        tried, part = count, 1
-        if count > TRIED_MOST and count in want.values():
-            tried, part = TRIED_MOST, round(count / TRIED_MOST)
-            want = {name: TRIED_MOST if number else 0 for name, number in want.items()}
-        key = *want.values(), part
+    def _of_one_kind(self, name: str, count: int) -> Curve:
+        """Of many instances a few are tried, with their share of the requests (every so-manieth)."""
+        if self._arrivals is None:
+            return NONE
+        tried, part = (count, 1) if count <= TRIED_MOST else (TRIED_MOST, round(count / TRIED_MOST))
+        key = name, tried, part
         if key not in self._tried:
-            powers, missed = self._walk(want, tried, self._arrivals.share(1 / part))
-            self._tried[key] = Curve(GRID ** np.array(powers, dtype=float), np.maximum.accumulate(missed))
-        each = self._tried[key]
-        return Curve(count * each.load, each.missed)
+            powers, missed = self._walk(name, tried, self._arrivals.share(1 / part))
+            self._tried[key] = Curve(tried * GRID ** np.array(powers, dtype=float), np.maximum.accumulate(missed))
+        curve = self._tried[key]
+        return Curve(count / tried * curve.load, curve.missed)
 
-    def _walk(self, want: Counts, count: int, arrivals: Arrivals) -> tuple[list[int], list[float]]:
+    def _walk(self, name: str, count: int, arrivals: Arrivals) -> tuple[list[int], list[float]]:
         """Up from the guess until they are overloaded, down until hardly any miss: powers of ``GRID`` an instance, missed."""
+        want = {**self._none, name: count}
 
         def missed(power: int) -> float:
             return self._missed(want, arrivals, count * GRID**power / self.each_s)
 
-        found = {self._guess: missed(self._guess)}
+        guess = self._guess[name]
+        found = {guess: missed(guess)}
         lowest, highest = _power(LEAST_LOAD), _power(MOST_LOAD)
-        power = self._guess
+        power = guess
         while found[power] < OVERLOADED and power < highest:
             power += 1
             found[power] = missed(power)
-        top, power = power, self._guess
+        top, power = power, guess
         while found[power] > self.alone + FINE and power > lowest:
             power -= 1
             found[power] = missed(power)
-        self._guess = next(power for power in sorted(found) if found[power] >= 0.5 or power == top)
+        self._guess[name] = next(power for power in sorted(found) if found[power] >= 0.5 or power == top)
         powers = sorted(found)
         return powers, [found[power] for power in powers]
 
@@ -148,6 +150,15 @@ class Capacities:
         requests = min(max(PER_INSTANCE * sum(want.values()), LEAST_REQUESTS), MOST_REQUESTS)
         stream = arrivals.again(0.0, rate_rps, requests / rate_rps, requests)
         return self._stage.missed_afresh(want, stream, WARM_FRACTION * stream.span_s)
+
+
+def _together(curves: Sequence[Curve], allowed: float) -> Curve:
+    """One curve of several pools that share the load as they bear it."""
+    bear = np.array([max(curve.bears(allowed), LEAST_LOAD) for curve in curves])
+    parts = bear / bear.sum()
+    loads = np.unique(np.concatenate([curve.load / part for curve, part in zip(curves, parts, strict=True)]))
+    missed = sum(part * curve.at(part * loads) for curve, part in zip(curves, parts, strict=True))
+    return Curve(loads, np.asarray(missed, dtype=float))
 
 
 def _power(load: float) -> int:

@@ -139,7 +139,8 @@ def _loss(actual: Floats, said: Floats, part: float) -> float:
 
 
 def on_grid(at_s: Floats, brought: Floats, step_s: float) -> Floats:
-    """(n,) ends of intervals and the work in each -> rates on steps of ``step_s`` that end with the newest observation.
+    """(n,) ends of intervals and the work in each -> rates on steps of ``step_s`` that end with the newest observation; on one
+    shorter step where all of them together are.
 
     An interval that nobody saw is taken to be like the one before.
     """
@@ -154,7 +155,7 @@ def on_grid(at_s: Floats, brought: Floats, step_s: float) -> Floats:
     ends_s = np.concatenate(([0.0], np.cumsum(spans_s)))
     count = max(int(ends_s[-1] / step_s + 1e-6), 1)
     grid_s = ends_s[-1] - step_s * np.arange(count, -1, -1)
-    return np.asarray(np.diff(np.interp(grid_s, ends_s, total)) / step_s)
+    return np.asarray(np.diff(np.interp(grid_s, ends_s, total)) / min(step_s, float(ends_s[-1])))
 
 
 def moving_mean(values: Floats, width: int) -> Floats:

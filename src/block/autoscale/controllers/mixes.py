@@ -14,6 +14,9 @@ NEAR = 3
 """How far from the present count of a dearer kind mixes are tried."""
 OVERLOADED = 0.5
 """Missed fraction of the most instances from which on counts are not compared any more."""
+SWAP = 1.2
+"""A mix that stops instances of one kind and starts some of another must be cheaper by this factor: while the new start the old are
+paid for too, and the load that makes it a little cheaper now may be gone before."""
 
 
 def cheapest(
@@ -28,6 +31,8 @@ def cheapest(
     for fixed in _others(others, have):
         want, missing = _fewest(first, fixed, have, missed, allowed)
         price = sum(kind.price * want[kind.name] for kind in kinds)
+        changes = [want[kind.name] - have[kind.name] for kind in kinds]
+        price *= SWAP if min(changes) < 0 < max(changes) else 1.0
         meets = missing <= allowed
         key = (not meets, price if meets else missing, missing if meets else price)
         if best is None or key < best[0]:

@@ -39,31 +39,29 @@ QUEUED_CALM = 4
 
 
 class Replay:
-    """``target``: the fraction of requests that must be expected to meet the SLO, beside those that would miss it alone. ``worth``
-    above 0 decides instead by what a miss is worth, in instance-hours at price 1: so many are wanted that instances and
-    misses together cost the least. ``margin``: the part of the
-    capacity that is not used. ``recent_s``: what is replayed; ``renew_s``: how often capacities are found anew. ``beyond_s``:
-    how long, after a cold start, the count must do; ``level_s``: rates are means over so long; ``base_s``: told relative to
-    a mean over so long; ``past_s``: how far back is looked for what came next; ``period_s``: the season's length. ``spare``:
-    instances added to the answer. ``zero`` 1: none after ``idle_s`` without a request.
+    """``target``: the fraction of requests that must be expected to meet the SLO, beside those that would miss it alone.
+    ``margin``: the part of the capacity that is not used. ``recent_s``: what is replayed; ``renew_s``: how often capacities are
+    found anew. ``beyond_s``: how long, after a cold start, the count must do; ``level_s``: rates are means over so long;
+    ``base_s``: told relative to a mean over so long; ``past_s``: how far back is looked for what came next; ``period_s``: the
+    season's length. ``spare``: instances added to the answer. ``zero`` 1: none after ``idle_s`` without a request.
     """
 
     name = "replay"
 
     def __init__(
         self, kinds: Sequence[Kind], slo: Slo | None = None, *, target: float = 0.998,
-        margin: float = 0.0, worth: float = 0.0, recent_s: float = 3600.0, renew_s: float = 1800.0, beyond_s: float = 30.0,
+        margin: float = 0.0, recent_s: float = 3600.0, renew_s: float = 1800.0, beyond_s: float = 30.0,
         level_s: float = 60.0, base_s: float = 3600.0, past_s: float = 172_800.0, period_s: float = 86_400.0,
         spare: int = 0, zero: int = 0, idle_s: float = 900.0,
     ) -> None:  # fmt: skip
         if not (0 < target < 1 and 0 <= margin < 1):
             raise ConfigError("target must be between 0 and 1, margin in [0, 1).")
         times_s = (recent_s, renew_s, beyond_s, level_s, base_s, past_s, period_s, idle_s)
-        if min(times_s) <= 0 or min(spare, worth) < 0:
-            raise ConfigError("The times of replay must be above 0, spare and worth not negative.")
+        if min(times_s) <= 0 or spare < 0:
+            raise ConfigError("The times of replay must be above 0, spare not negative.")
         self._kinds, self._slo = tuple(kinds), slo or Slo(ttft_s=3.0)
         self._cheapest = min(self._kinds, key=lambda kind: kind.price)
-        self._worth, self._margin, self._beyond_s = worth, margin, beyond_s
+        self._margin, self._beyond_s = margin, beyond_s
         self._recent_s, self._spare, self._zero, self._idle_s = recent_s, spare, bool(zero), idle_s
         self._stage = Stage(self._kinds, self._slo)
         self._recent = Recent()
@@ -84,7 +82,7 @@ class Replay:
         course = self._forecaster.course(window)
         rises = self._forecaster.tell(course, cold_s, cold_s + self._beyond_s)
         stays = self._forecaster.tell(course, 0.0, cold_s + self._beyond_s)
-        allowed = self._allowed(rises)
+        allowed = self._capacities.allowed
         more, _ = cheapest(self._kinds, have, self._missed(rises), allowed)
         fewer, _ = cheapest(self._kinds, have, self._missed(rises, stays), allowed)
         want = more if self._price(more) >= self._price(have) else fewer
@@ -111,20 +109,6 @@ class Replay:
 
         names = [kind.name for kind in self._kinds]
         return lambda want: missed(tuple(want[name] for name in names))
-
-    def _allowed(self, rises: Forecast) -> float:
-        """The missed fraction that candidates may have; where misses have a worth, that of the best count of the cheapest kind."""
-        if self._worth == 0:
-            return self._capacities.allowed
-        each_h = 3600 * self._worth * rises.base / self._capacities.each_s / self._cheapest.price
-        missed = self._missed(rises)
-        costs = {}
-        for count in range(1, self._cheapest.most + 1):
-            share = missed({kind.name: count if kind is self._cheapest else 0 for kind in self._kinds})
-            costs[count] = count + each_h * share, share
-            if share <= self._capacities.alone or count > min(costs.values())[0]:
-                break
-        return max(min(costs.values())[1], self._capacities.alone)
 
     def _told(self, want: Counts, rises: Forecast, stays: Forecast) -> dict[str, float]:
         """The numbers behind a plan; rates as requests/s like the recent ones."""

@@ -1,6 +1,7 @@
 """Gateways as an autoscaler talks to them: their administration, over HTTP."""
 
 import asyncio
+import os
 from collections.abc import Sequence
 from typing import Final
 from urllib.parse import quote
@@ -77,7 +78,12 @@ class Gateway:
                 told = await answer.content.read(ANSWER_BYTES_MAX)
                 while not answer.content.at_eof() and len(told) < ANSWER_BYTES_MAX:
                     told += await answer.content.read(ANSWER_BYTES_MAX)
-        except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError, ValueError) as error:
+        except aiohttp.ClientConnectorError as error:
+            number = error.os_error.errno or 0
+            raise GatewayError(f"no connection: {os.strerror(number) if number > 0 else error.os_error}") from error
+        except TimeoutError as error:
+            raise GatewayError(f"no answer within {self._timeout.total:g} s") from error
+        except (aiohttp.ClientError, asyncio.IncompleteReadError, ValueError) as error:
             raise GatewayError(str(error) or type(error).__name__) from error
         if answer.status == 401:
             raise GatewayError("it refuses the admin key")

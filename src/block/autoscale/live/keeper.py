@@ -151,7 +151,8 @@ class Keeper:
     async def _decide(self, window: Sequence[Observation]) -> tuple[Plan, dict[str, int], bool]:
         """The bounded plan, what the controller asked for, and whether the counts only hold."""
         if self._observer.blind_wholly:
-            return Plan(self.want, "No gateway answers: the counts hold."), {}, True
+            why = "; ".join(f"{url}: {trouble}" for url, trouble in self._observer.silent.items())
+            return Plan(self.want, f"No gateway answers ({why}): the counts hold."), {}, True
         try:
             async with asyncio.timeout(max(self._pace.interval_s, 1.0) * 4):
                 plan = await asyncio.to_thread(self._controller.decide, window)

@@ -40,6 +40,7 @@ class Membership:
     ) -> None:  # fmt: skip
         self.gateways, self._register, self._file, self._prefix = gateways, register, file, prefix
         self.lists: dict[str, dict[str, Seen] | None] = {gateway.url: None for gateway in gateways}
+        self._trouble: dict[str, str] = {}
         """The newest list of each gateway; ``None``: it did not answer."""
         self.ready_s: dict[str, float] = {}
         """Wall time at which a gateway first said that an instance is ready and can be predicted."""
@@ -123,14 +124,16 @@ class Membership:
         try:
             listed = {self.name_of(one): one for one in (await gateway.instances()).values()}
             self.lists[gateway.url] = listed
+            self._trouble.pop(gateway.url, None)
             if before is None:
                 log.info("gateway %s answers", gateway.url)
             if self.leads:
                 await self._correct(gateway, listed)
         except GatewayError as trouble:
             self.lists[gateway.url] = None
-            if before is not None:
+            if self._trouble.get(gateway.url) != str(trouble):
                 log.warning("gateway %s does not answer: %s", gateway.url, trouble)
+            self._trouble[gateway.url] = str(trouble)
             return
         for name, one in listed.items():
             if one.state != "ready" or name in self.ready_s:

@@ -53,6 +53,9 @@ class Observer:
         """Ready instances of each kind that a gateway has and the actuator does not keep."""
         self.blind_wholly = False
         """No gateway answered at the last look."""
+        self._actuator_trouble = ""
+        self.silent: dict[str, str] = {}
+        """Why a gateway did not answer at the last look, by URL."""
 
     async def look(self, history_s: float, interval_s: float) -> list[Observation]:
         """See what is there now; the window with it."""
@@ -79,10 +82,13 @@ class Observer:
 
     async def _ask(self, gateway: Gateway, blind: list[str]) -> RecentAnswer | None:
         try:
-            return await gateway.recent()
-        except GatewayError:
+            answer = await gateway.recent()
+        except GatewayError as error:
             blind.append(gateway.url)
+            self.silent[gateway.url] = str(error)
             return None
+        self.silent.pop(gateway.url, None)
+        return answer
 
     # Arrivals and ends
 
@@ -172,8 +178,13 @@ class Observer:
             try:
                 async with asyncio.timeout(ACTUATOR_TIMEOUT_S):
                     kept = await self._actuator.members()
+                self._check_kinds(kept)
+                self._actuator_trouble = ""
             except (ActuatorError, TimeoutError) as error:
-                log.warning("the actuator cannot say what there is: %s", error or "it took too long")
+                trouble = str(error) or f"it took longer than {ACTUATOR_TIMEOUT_S:g} s"
+                if trouble != self._actuator_trouble:
+                    log.warning("the actuator cannot say what there is: %s", trouble)
+                self._actuator_trouble = trouble
                 blind.append("actuator")
                 kept = self._members
         if not joins:  # what the gateways have are not its members
@@ -196,6 +207,11 @@ class Observer:
             members.append(Member(name, kind, phase, old.since_s if old and old.phase is phase else at_s))
         self._members = tuple(members)
         return self._members
+
+    def _check_kinds(self, members: Sequence[Member]) -> None:
+        strange = sorted({member.kind for member in members} - set(self._kinds))
+        if strange:
+            raise ActuatorError(f"it tells of the kind {strange[0]!r}; configured are {', '.join(self._kinds)}.")
 
     def _seen(self, member: Member, one: Seen | None, old: Member | None) -> Member:
         """A member is ready when a gateway can use it, whatever its actuator says."""

@@ -37,6 +37,9 @@ async def run_autoscaler(
         ConfigError: the settings cannot be carried out here.
     """
     key = admin_key(settings.gateways)
+    lock = lock_of(settings)
+    if not dry_run and isinstance(lock, FileLock):
+        await lock.held()  # a path that cannot be is said now
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         gateways = [Gateway(session, url, key, settings.gateways.timeout_s) for url in settings.gateways.urls]
         file = None if settings.gateways.file is None else Path(settings.gateways.file)
@@ -51,7 +54,7 @@ async def run_autoscaler(
             lambda kinds: controller_from(settings.controller, kinds, settings.slo, **settings.options),
             actuator, settings.kinds, settings.guarded,
             pace=Pace(interval_s=settings.interval_s, act_within_s=settings.act_within_s, unmet_after_s=settings.unmet_after_s),
-            lock=lock_of(settings), membership=membership, figures=figures, dry_run=dry_run, kept=settings.decisions_kept,
+            lock=lock, membership=membership, figures=figures, dry_run=dry_run, kept=settings.decisions_kept,
             on_record=on_record,
         )  # fmt: skip
         tasks = [asyncio.create_task(membership.run()), asyncio.create_task(keeper.run())]

@@ -77,10 +77,17 @@ class AutoscaleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         for kind in self.kinds:
             if not 0 <= kind.least <= kind.most:
                 raise ConfigError(f"The kind {kind.name} needs 0 <= least <= most.")
+            if not (kind.price > 0 and kind.cold_start_s >= 0):
+                raise ConfigError(f"The kind {kind.name} needs a price above 0 and a cold_start_s of at least 0.")
+        for target, value in msgspec.structs.asdict(self.slo or Slo()).items():
+            if value is not None and not value > 0:
+                raise ConfigError(f"slo.{target} must be above 0, not {value}.")
         if not self.gateways.urls:
             raise ConfigError("gateways.urls must name the gateways to observe.")
         controller_from(self.controller, self.kinds, self.slo, **self.options)
-        _ = self.guarded
+        most = sum(kind.most for kind in self.kinds)
+        if self.guarded.least > most:
+            raise ConfigError(f"guard.least is {self.guarded.least}, but all kinds together have at most {most}.")
 
     @property
     def guarded(self) -> Guard:
@@ -103,14 +110,16 @@ def load_settings(path: Path) -> AutoscaleSettings:
     """Read a TOML file; the admin key may come from ``BLOCK_ADMIN_KEY`` or a file.
 
     Raises:
-        BadInputError: there is no such file, or it is not TOML.
+        BadInputError: there is no such file, it cannot be read, or it is not TOML.
         ConfigError: an unknown key or a wrong value.
     """
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInputError(f"There is no file {path}.") from error
-    except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise BadInputError(f"{path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInputError(f"{path} is not TOML: {error}.") from error
     return settings_from(fields, str(path))
 
