@@ -1,13 +1,14 @@
 """Several gateways that share nothing: as even, and good for as many requests, as one?
 
-    python bench/gateway/several.py [--counts 1,2,4] [--requests 4000] [--seeds 1,2] [--no-real | --only-real] [--json]
+    python bench/gateway/several.py [--counts 1,2,4] [--requests 4000] [--seeds 1,2] [--no-real | --only-real]
+        [--seconds 60] [--json]
 
 Simulated: the published cluster (12 instances, policy block), snapshots every 20 ms that are 5-15 ms old when they are there,
 0.5 ms a decision; capacity is the highest rate with a TTFT P99 of at most 3 s, and unevenness the most that one instance got
 over what each should have, at 26 requests/s. Real: four emulated engines with predictors, 16 requests at a time each, behind one
 `block serve`, as many of its own (clients take them in turn) and one with as many workers (the kernel spreads their connections).
-Half of the requests are offered at about 90 % of what the engines can do, where times are looked at, then half at 115 %, where the
-requests answered a second are. Target: within 3 % of one.
+Requests are offered for --seconds at about 90 % of what the engines can do, where times are looked at, then as long at 115 %,
+where the requests answered a second are. Target: within 3 % of one.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from block.simulate.sweep import runner, varied
 CONFIG = Path(__file__).parents[2] / "experiments" / "paper-default.toml"
 EVEN_AT_RPS = 26.0
 SLOW = ("--speed", "0.25", "--max-num-seqs", "16")
-REAL_RPS, OVERLOAD_RPS, REAL_S, SETTLE_S = 25.0, 33.0, 15.0, 5.0
+REAL_RPS, OVERLOAD_RPS, SETTLE_S = 25.0, 33.0, 5.0
 
 
 class Simulated(NamedTuple):
@@ -102,7 +103,7 @@ def uneven(got: Any, instances: int) -> float:
     return float(max(got) / (sum(got) / instances))
 
 
-async def real(count: int, how: str, one_rps: float | None) -> Real:
+async def real(count: int, how: str, seconds: float, one_rps: float | None) -> Real:
     fleet = [Member(*SLOW) for _ in range(4)]
     try:
         await asyncio.gather(*(member.start() for member in fleet))
@@ -111,12 +112,12 @@ async def real(count: int, how: str, one_rps: float | None) -> Real:
             start = block("--policy", "block", *workers)
             urls = [(await asyncio.to_thread(start, stack, fleet)).url for _ in range(1 if how == "workers" else count)]
             await asyncio.sleep(2.0)
-            outcomes = await drive(urls, rate=REAL_RPS, seconds=REAL_S)
+            outcomes = await drive(urls, rate=REAL_RPS, seconds=seconds)
             times = sorted(o.ended_s - o.sent_s for o in outcomes if o.whole)
             got = [len(member.link.requests) for member in fleet]
-            more = await drive(urls, rate=OVERLOAD_RPS, seconds=REAL_S)
+            more = await drive(urls, rate=OVERLOAD_RPS, seconds=seconds)
         began_s = more[0].sent_s
-        answered = sum(o.whole and SETTLE_S < o.ended_s - began_s < REAL_S for o in more) / (REAL_S - SETTLE_S)
+        answered = sum(o.whole and SETTLE_S < o.ended_s - began_s < seconds for o in more) / (seconds - SETTLE_S)
         whole = len(times) + sum(o.whole for o in more)
         return Real(
             count, how, len(outcomes) + len(more), len(outcomes) + len(more) - whole, statistics.mean(times),
@@ -126,11 +127,11 @@ async def real(count: int, how: str, one_rps: float | None) -> Real:
         await asyncio.gather(*(member.close() for member in fleet))
 
 
-async def all_real(counts: list[int]) -> list[Real]:
+async def all_real(counts: list[int], seconds: float) -> list[Real]:
     rows: list[Real] = []
     for count in counts:
         for how in ("apart", "workers") if count > 1 else ("apart",):
-            rows.append(await real(count, how, rows[0].answered_rps if rows else None))
+            rows.append(await real(count, how, seconds, rows[0].answered_rps if rows else None))
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
@@ -152,12 +153,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--no-real", action="store_true")
     parser.add_argument("--only-real", action="store_true")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="how long each real load lasts; short ones are uneven by chance"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     counts, seeds = ([int(part) for part in text.split(",")] for text in (options.counts, options.seeds))
     top = heading()
     virtual = [] if options.only_real else simulated(counts, options.requests, seeds, options.jobs)
-    actual = [] if options.no_real else asyncio.run(all_real(counts))
+    actual = [] if options.no_real else asyncio.run(all_real(counts, options.seconds))
     if options.json:
         rows = {"simulated": [row._asdict() for row in virtual], "real": [row._asdict() for row in actual]}
         print(json.dumps({"heading": top} | rows, indent=1))
