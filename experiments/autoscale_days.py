@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autoscale_report import HERE, line
+from autoscale_report import HERE, append, line
 from autoscale_traffic import DAY_S, days, mixed
 from block.autoscale.controllers import controller_from, guard_for
 from block.autoscale.terms import Kind
@@ -116,7 +116,7 @@ def main() -> None:
                     "controller": name,
                 }
                 row |= run(name, traffic, kind, SLOS[workload], needed, arguments.days)
-                write(results, row)
+                append(results, row, FIELDS)
                 print(line(row), flush=True)
 
 
@@ -138,16 +138,6 @@ def run(name: str, traffic: Traffic, kind: Kind, slo: Slo, needed: np.ndarray, c
     )  # fmt: skip
     done = provision(traffic, controller_from(name, [kind], slo), setting)
     return judged(done, traffic, slo, needed, start_s, end_s) | {"cpu_s": time.process_time() - began}
-
-
-def write(path: Path, row: dict[str, object]) -> None:
-    """Add a row; the first one brings the header."""
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if fresh:
-            writer.writeheader()
-        writer.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})
 
 
 if __name__ == "__main__":

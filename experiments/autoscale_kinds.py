@@ -7,13 +7,12 @@ day before is history and is not judged. A row a pool is added to FOLDER/autosca
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
 
 from autoscale_days import INTERVAL_S, LIMITS, SLOS
-from autoscale_report import HERE, line
+from autoscale_report import HERE, append, line
 from autoscale_traffic import DAY_S, days
 from block.autoscale.controllers import controller_from, guard_for
 from block.autoscale.terms import Kind
@@ -51,12 +50,7 @@ def main() -> None:
             "price": sum(kind.price * hours[kind.name] for kind in kinds),
         }  # fmt: skip
         print(line(row), flush=True)
-        fresh = not results.exists()
-        with results.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if fresh:
-                writer.writeheader()
-            writer.writerow({key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()})
+        append(results, row)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ what comes. Rows are added to FOLDER/autoscale-yesterday.csv.
 """
 
 import argparse
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from autoscale_days import INTERVAL_S, LIMITS, PEAKS_RPS, SLOS, traffic_of
-from autoscale_report import HERE, line
+from autoscale_report import HERE, append, line
 from autoscale_traffic import DAY_S, GRID_S, course
 from block.autoscale.controllers import controller_from, guard_for
 from block.autoscale.terms import Controller, Kind, Observation, Plan
@@ -86,12 +85,7 @@ def main() -> None:
                 "gpu_hours_day": hours,
             }
             print(line(row), flush=True)
-            fresh = not results.exists()
-            with results.open("a", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                if fresh:
-                    writer.writeheader()
-                writer.writerow({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in row.items()})
+            append(results, row)
 
 
 def by_day(workload: str, traces: Path, seed: int, kind: Kind, controller: Controller) -> list[tuple[float, float]]:
