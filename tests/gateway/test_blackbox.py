@@ -134,7 +134,7 @@ async def test_the_model_follows_the_engine(bench: Bench) -> None:
     true, modelled = (np.array([pair[side] for pair in seen], float) for side in (0, 1))
     assert true[:, 0].max() == 8
     off = np.abs(true - modelled).mean(axis=0) / np.maximum(true.mean(axis=0), 1.0)
-    # 0.01, at load 14 0.05; 0.2 where ended requests stay, 0.16 where only 6 run at once, 0.14 where prompts are a fifth too short
+    # Up to 0.03, at load 14 0.08; 0.2 where ended requests stay, 0.16 where only 6 run at once, 0.14 with prompts a fifth too short
     assert (off < 0.10).all(), off
     await until(lambda: summed(bench.modelled()) == (0, 0, 0, 0))
 

@@ -1,6 +1,7 @@
 """What is put off is done: in order, once, before anybody reads it, and whatever one entry does."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -53,3 +54,14 @@ async def test_a_request_is_in_the_metrics_as_soon_as_it_is_answered_and_learned
         assert await client.metric("block_scheduler_e2e_duration_seconds_count") == n
     await client.post(body={"stream": True})
     await until(lambda: client.gateway.decider.estimator._of("fake").observed == 4)
+
+
+async def test_who_was_left_out_is_told_as_it_was_when_it_was_decided(start: Start) -> None:
+    client = await start(FakeEngine(), FakeEngine(), policy="least-outstanding")
+    pool = client.gateway.dispatcher.pool
+    await client.post(headers={"x-request-id": "r"})
+    for instance in pool.instances.values():
+        pool.drain(instance)
+    told = json.loads((await client.get("/v1/decisions/r"))[1])
+    assert len(told["candidates"]) == 2
+    assert told["left_out"] == {}

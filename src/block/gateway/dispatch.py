@@ -23,7 +23,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from time import monotonic
 from typing import Any, Final
 
@@ -219,8 +219,9 @@ class Dispatcher:
         exchange.prediction = prediction = decision.candidates[_place(decision)].prediction
         exchange.decided_s = now_s = monotonic()
         exchange.interval = None
-        wall_s, deciding_s = time.time(), exchange.deciding_s
-        self.books.later(lambda: self._sent(exchange, decision, prediction, wall_s, deciding_s))
+        wall_s, left_out = time.time(), self.pool.left_out(exchange.request.model)
+        deciding_s = exchange.deciding_s
+        self.books.later(lambda: self._sent(exchange, decision, left_out, prediction, wall_s, deciding_s))
         exchange.tokens = exchange.request.prompt_tokens + exchange.expected_total
         self.pool.started(instance, exchange.tokens, now_s)
         self.decider.sent(exchange, instance)
@@ -231,11 +232,12 @@ class Dispatcher:
             exchange.connecting = self._spawn(self._connect(exchange, instance))
 
     def _sent(
-        self, exchange: Exchange, decision: Decision, prediction: Prediction | None, wall_s: float, deciding_s: float
+        self, exchange: Exchange, decision: Decision, left_out: Mapping[InstanceId, str], prediction: Prediction | None,
+        wall_s: float, deciding_s: float,
     ) -> None:  # fmt: skip
-        """Write a decision down."""
+        """Write a decision down, with what was so when it was made."""
         self.interval_of(exchange)
-        self.decisions.note(exchange, self.pool.left_out(exchange.request.model))
+        self.decisions.note(exchange, left_out)
         self.recent.decided(exchange, prediction, wall_s)
         self.metrics.sent_to(decision.instance).inc()
         self.metrics.decision_time.observe(deciding_s)
