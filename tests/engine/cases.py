@@ -18,9 +18,12 @@ class Arrival:
     prompt: int
     max_tokens: int
     stop_after: int
+    priority: int = 0
 
     def sequence(self, key: int) -> Sequence:
-        return Sequence(key, self.prompt, self.max_tokens, self.stop_after, arrived_s=self.at_s)
+        return Sequence(
+            key, self.prompt, self.max_tokens, self.stop_after, self.priority, order=self.at_s, arrived_s=self.at_s
+        )
 
 
 @st.composite
@@ -36,6 +39,8 @@ def plain_limits(draw: st.DrawFn) -> EngineLimits:
         enable_chunked_prefill=draw(st.sampled_from([True, True, True, False])),
         watermark=draw(st.sampled_from([0.0, 0.0, 0.02])),
         scheduler_reserve_full_isl=draw(st.sampled_from([True, True, False])),
+        policy=draw(st.sampled_from(["fcfs", "priority"])),
+        long_prefill_token_threshold=draw(st.sampled_from([0, 0, 7, 48])),
     )
 
 
@@ -46,14 +51,16 @@ def arrivals(draw: st.DrawFn, limits: EngineLimits, most: int = 60) -> list[Arri
     prompt_most = draw(st.sampled_from([5, 50, 300]))
     rows = draw(
         st.lists(
-            st.tuples(st.floats(0.0, 3.0), st.integers(1, prompt_most), st.integers(1, 200), st.integers(1, 250)),
+            st.tuples(
+                st.floats(0.0, 3.0), st.integers(1, prompt_most), st.integers(1, 200), st.integers(1, 250), st.integers(0, 2)
+            ),
             min_size=1, max_size=most,
         )
     )  # fmt: skip
     now_s, found = 0.0, []
-    for gap, prompt, max_tokens, stop in rows:
+    for gap, prompt, max_tokens, stop, priority in rows:
         now_s += gap / rate
-        arrival = Arrival(now_s, prompt, min(max_tokens, MODEL_LEN - prompt), stop)
+        arrival = Arrival(now_s, prompt, min(max_tokens, MODEL_LEN - prompt), stop, priority)
         if servable(limits, arrival):
             found.append(arrival)
     return found

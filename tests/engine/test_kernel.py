@@ -31,7 +31,7 @@ def fast(limits: EngineLimits, stream: list[Arrival], jumping: bool) -> FastEngi
     engine = FastEngine(limits, curve(), capacity=4)
     engine.jumping = jumping
     for i, a in enumerate(stream):
-        engine.add(a.prompt, a.max_tokens, a.stop_after, a.at_s, label=i)
+        engine.add(a.prompt, a.max_tokens, a.stop_after, a.at_s, label=i, priority=a.priority)
     return engine
 
 

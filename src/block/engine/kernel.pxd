@@ -17,11 +17,20 @@ cdef class FastEngine(EngineStore):
     cdef int _blocks_over(self, int m) noexcept
     cdef int _steps_within_blocks(self, int m) noexcept
     cdef bint _step(self) noexcept
+    cdef bint _compute(self) noexcept
     cdef bint _empty_step(self) noexcept
+    cdef int _fill(self) noexcept
+    cdef int _fill_in_order(self) noexcept
+    cdef int _wanted(self, int r, int left) noexcept
+    cdef int _blocks_wanted(self, int r, int tokens) noexcept
+    cdef void _take_blocks(self, int r, int blocks) noexcept
+    cdef int _choose_victim(self) noexcept
+    cdef void _set_aside(self) noexcept
+    cdef void _take_back(self) noexcept
     cdef void _admit_waiting(self, int budget) noexcept
     cdef bint _head_fits(self, int budget, int free) noexcept
     cdef bint _grow(self, int r, int tokens) noexcept
-    cdef int _preempt_last(self) noexcept
+    cdef void _preempt(self, int r, int tokens) noexcept
     cdef void _enter_decoding(self, int r) noexcept
     cdef void _join(self, int r, int last) noexcept
     cdef int _leaves_at(self, int r, int last) noexcept

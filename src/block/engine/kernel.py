@@ -2,7 +2,7 @@
 
 Theory of operation
 -------------------
-Between one arrival, completion, prefill or exhausted pool and the next, a first-come engine decodes the same batch again and
+Between one arrival, completion, prefill or exhausted pool and the next, an engine decodes the same batch again and
 again, so nothing needs to be done per request and step:
 
 - *Schedules are numbered* by ``g``. A decoding request is scheduled in every one, so what it has done is what it had done at
@@ -19,9 +19,13 @@ request whose last token is in batch k holds its slot and blocks until then (``L
 foresee (EOS) is computed once more in vain. With synchronous scheduling both delays are one less (``lag``).
 
 Times: ``now`` is when schedule g happens, ``gpu_end`` when batch g-1 ends; see ``pipeline`` for the recursion.
+Decodes come before prefills in admission order, so their tokens and blocks can be given all at once, but for two engines: a
+cap on prompts (``long_prefill_token_threshold``) lets requests decode behind an unfinished prompt, and the priority policy
+preempts from anywhere. Their steps with prefills or without blocks go through the running requests one by one
+(``_fill_in_order``); a decode that gets nothing is set aside for the step.
+
 Equality with stepping and with ``pipeline.Engine`` is a property test (tests/engine/test_kernel.py). What it
-approximates: with prefix caching a request's known hit saves its computation, not its memory; the priority policy orders the
-queue but preempts the last admitted; ``long_prefill_token_threshold`` is left out (``limits.jumpable`` says what is exact).
+approximates: with prefix caching a request's known hit saves its computation, not its memory.
 The file also runs uncompiled, for reading and coverage.
 """
 
@@ -54,6 +58,7 @@ if cython.compiled:
         SCHEDULED,
         STATE,
         STOP,
+        TOKENS,
         UNUSED,
         WAITING,
     )
@@ -86,6 +91,7 @@ else:
         SCHEDULED,
         STATE,
         STOP,
+        TOKENS,
         UNUSED,
         WAITING,
     )
@@ -96,7 +102,7 @@ OUTLIVED_TOKENS = cython.declare(
 
 
 class FastEngine(EngineStore):
-    """One first-come engine instance in virtual time. ``advance`` is the only thing that makes time pass."""
+    """One engine instance in virtual time. ``advance`` is the only thing that makes time pass."""
 
     # ---- for callers
 
@@ -248,6 +254,7 @@ class FastEngine(EngineStore):
                 return
             while self.arrival_n > 0 and self.times[self.arrivals[self.arrival_head], ARRIVED] <= self.now:
                 self._arrive()
+            self.cap = self.prefill_cap if self.running_n + self.wait_n > 1 else self.budget_max
             if not (self.jumping and self._jump(until_s)) and not self._step():
                 # Nothing could be computed and nothing is in flight: only an arrival can change that.
                 if self.arrival_n == 0:
@@ -354,8 +361,8 @@ class FastEngine(EngineStore):
             m = min(m, 1)
         if self.first_n > 0:
             m = min(m, self.firsts_due[self.first_head] - self.g)
-        if self.wait_n == 0 and self.arrival_n > 0:
-            # An arrival behind a blocked head changes nothing; one that finds an empty queue may be admitted.
+        if self.arrival_n > 0 and (self.wait_n == 0 or self.by_priority):
+            # An arrival behind a blocked head changes nothing; one that becomes the head may be admitted.
             stop_s = min(stop_s, self.times[self.arrivals[self.arrival_head], ARRIVED])
         if m > 1:
             start = self.gpu_end if self.lag == 2 else self.now
@@ -390,43 +397,35 @@ class FastEngine(EngineStore):
 
     def _step(self):
         """Schedule batch ``g``; False if there is nothing to compute and nothing in flight."""
-        budget: cython.int = self.budget_max
         preempted: cython.longlong = self.preemption_count
-        left: cython.int
-        tokens: cython.int
-        decodes: cython.int
+        one_by_one: cython.bint = (self.by_priority or self.cap < self.budget_max) and (
+            self.prefill_n > 0 or self.hist[self._residue(self.g)] > self.free
+        )
+        left: cython.int = self._fill_in_order() if one_by_one else self._fill()
+        if self.preemption_count == preempted:
+            self._admit_waiting(left)
+        if one_by_one:
+            self._set_aside()
+        goes_on: cython.bint = self._compute() or self._empty_step() or self.preemption_count > preempted
+        if one_by_one:
+            self._take_back()
+        return goes_on
+
+    def _compute(self):
+        """Batch ``g`` with the tokens that its requests were given; False if there are none."""
         i: cython.int
         r: cython.int
+        tokens: cython.int
         kept: cython.int = 0
-        context: cython.longlong
+        decodes: cython.int = self.nd
+        context: cython.longlong = self.context
         chunks: cython.int = 0
         prefill: cython.int = 0
         work: cython.double = 0.0
         completed: cython.int = 0
-        blocks: cython.int = self.hist[self._residue(self.g)]
-        while blocks > self.free:
-            # vLLM gives blocks in admission order and preempts from the other end; whoever is left has its block.
-            self._preempt_last()
-            blocks = self.hist[self._residue(self.g)]
-        self.free -= blocks
-        budget -= self.nd
-        decodes = self.nd
-        context = self.context
-        left = budget
-        i = 0
-        while i < self.prefill_n:
-            r = self.prefilling[i]
-            tokens = min(self.rows[r, PROMPT] + self.rows[r, DONE] - self.rows[r, COMPUTED], left)
-            if tokens > 0 and not self._grow(r, tokens):
-                continue  # preempted itself (it was the last admitted) or made room
-            left -= tokens
-            i += 1
-        if self.preemption_count == preempted:
-            self._admit_waiting(left)
         for i in range(self.prefill_n):
             r = self.prefilling[i]
-            tokens = min(self.rows[r, PROMPT] + self.rows[r, DONE] - self.rows[r, COMPUTED], budget)
-            budget -= tokens
+            tokens = self.rows[r, TOKENS]
             if tokens > 0:
                 if tokens == 1 and self.rows[r, COMPUTED] >= self.rows[r, PROMPT]:
                     decodes += 1
@@ -444,7 +443,7 @@ class FastEngine(EngineStore):
                 kept += 1
         self.prefill_n = kept
         if decodes + chunks == 0:
-            return self._empty_step()
+            return False
         heat: cython.double = self._heat(prefill) if chunks > 0 else 0.0
         self._tick(
             self.curve.gpu_s(decodes, context, prefill, work, chunks, heat, 1.0 * self.held * self.block_size),
@@ -464,16 +463,125 @@ class FastEngine(EngineStore):
         self.g += 1
         return waited
 
+    # ---- who gets tokens and blocks
+
+    def _fill(self):
+        """Tokens (``TOKENS`` of a prefill) and blocks for the running requests, the decodes at once; returns the budget left."""
+        i: cython.int = 0
+        r: cython.int
+        tokens: cython.int
+        left: cython.int = self.budget_max
+        blocks: cython.int = self.hist[self._residue(self.g)]
+        while blocks > self.free:
+            # vLLM gives blocks in admission order and preempts from the other end; whoever is left has its block.
+            self._preempt(self._pop_last(), 0)
+            blocks = self.hist[self._residue(self.g)]
+        self.free -= blocks
+        left -= self.nd
+        while i < self.prefill_n:
+            r = self.prefilling[i]
+            tokens = min(self.rows[r, PROMPT] + self.rows[r, DONE] - self.rows[r, COMPUTED], left)
+            if tokens > 0 and not self._grow(r, tokens):
+                continue  # preempted itself (it was the last admitted) or made room
+            self.rows[r, TOKENS] = tokens
+            left -= tokens
+            i += 1
+        return left
+
+    def _fill_in_order(self):
+        """As ``_fill``, one by one in admission order: ``TOKENS`` of every running request; returns the budget left."""
+        i: cython.int
+        j: cython.int
+        r: cython.int
+        victim: cython.int = -1
+        tokens: cython.int
+        left: cython.int = self.budget_max
+        self._compact_order()
+        for i in range(self.order_n):
+            self.rows[self.order[i], TOKENS] = 0
+        i = 0
+        while i < self.order_n and left > 0:
+            r = self.order[i]
+            tokens = self._wanted(r, left)
+            while self._blocks_wanted(r, tokens) > self.free:
+                j = self._choose_victim()
+                victim = self.order[j]
+                self._remove_from_order(j)
+                if j < i:
+                    i -= 1
+                    left += self.rows[victim, TOKENS]
+                self._preempt(victim, self.rows[victim, TOKENS])
+                if victim == r:
+                    return left  # vLLM ends the round here: those behind it get nothing
+            if tokens > 0:
+                self._take_blocks(r, self._blocks_wanted(r, tokens))
+                self.rows[r, TOKENS] = tokens
+                left -= tokens
+            i += 1
+        return left
+
+    def _wanted(self, r, left):
+        """Tokens for a running request in this step."""
+        if self.rows[r, STATE] == DECODE:
+            return 1
+        if self.rows[r, STATE] == PREFILL:
+            return min(self.rows[r, PROMPT] + self.rows[r, DONE] - self.rows[r, COMPUTED], self.cap, left)
+        return 0  # its last token is being computed
+
+    def _blocks_wanted(self, r, tokens):
+        """Blocks that a running request lacks for ``tokens`` more."""
+        computed: cython.int
+        if tokens == 0:
+            return 0
+        if self.rows[r, STATE] == DECODE:
+            computed = self._computed(r)
+            return self._blocks_for(computed + 1) - self._blocks_for(computed)
+        return max(self._blocks_for(self.rows[r, COMPUTED] + tokens) - self.rows[r, BLOCKS], 0)
+
+    def _take_blocks(self, r, blocks):
+        self.free -= blocks
+        if self.rows[r, STATE] == PREFILL:
+            self.rows[r, BLOCKS] += blocks
+
+    def _choose_victim(self):
+        """Place in ``order`` (compact) of the request to preempt: the last, or the least important, youngest."""
+        i: cython.int
+        worst: cython.int = self.order_n - 1
+        if self.by_priority:
+            worst = 0
+            for i in range(1, self.order_n):
+                if self._before(self.order[worst], self.order[i]):
+                    worst = i
+        return worst
+
+    def _set_aside(self):
+        """Take the decodes that get no token in batch ``g`` out of the decoding set."""
+        i: cython.int
+        for i in range(self.order_n):
+            if self.rows[self.order[i], STATE] == DECODE and self.rows[self.order[i], TOKENS] == 0:
+                self._leave_decoding(self.order[i])
+
+    def _take_back(self):
+        """They decode from the next schedule on; who was only to be computed in vain leaves when it would have."""
+        i: cython.int
+        r: cython.int
+        for i in range(self.order_n):
+            r = self.order[i]
+            if self.rows[r, STATE] == DECODE and self.rows[r, TOKENS] == 0:
+                if self.rows[r, DONE] < self.rows[r, STOP]:
+                    self._join(r, self.g + self.rows[r, STOP] - self.rows[r, DONE] - 1)
+                else:
+                    self._join(r, self.rows[r, KEY] - 2)
+
     def _admit_waiting(self, budget):
         r: cython.int
         tokens: cython.int
-        whole: cython.int
         while self.wait_n > 0 and self._head_fits(budget, self.free):
             r = self.waiting[self.wait_head]
             if self.cache is not None:
                 self.cache.admit(r, self.rows[r, HIT])
-            whole = self.rows[r, PROMPT] + self.rows[r, DONE] - self.rows[r, HIT]
-            tokens = min(whole, budget)
+            tokens = min(self.rows[r, PROMPT] + self.rows[r, DONE] - self.rows[r, HIT], self.cap, budget)
+            self.rows[r, TOKENS] = tokens
             self.wait_head = (self.wait_head + 1) % self.capacity
             self.wait_n -= 1
             self.waiting_tokens -= self.rows[r, PROMPT]
@@ -501,7 +609,7 @@ class FastEngine(EngineStore):
             self.cache.fit(self.free)
             if self.looked_row != r or self.looked_version != self.cache.version:
                 self._look(r)
-        tokens: cython.int = self.rows[r, PROMPT] + self.rows[r, DONE] - self.rows[r, HIT]
+        tokens: cython.int = min(self.rows[r, PROMPT] + self.rows[r, DONE] - self.rows[r, HIT], self.cap)
         taken: cython.int = self.watermark if self.running_n > 0 else 0
         if tokens > budget:
             if not self.chunked:
@@ -542,25 +650,21 @@ class FastEngine(EngineStore):
         if need <= 0:
             return True
         if need > self.free:
-            self._preempt_last()
+            self._preempt(self._pop_last(), 0)
             return False
         self.free -= need
         self.rows[r, BLOCKS] += need
         return True
 
-    def _preempt_last(self):
-        """Preempt the last admitted request; it loses its blocks and returns to the head of the queue. Returns its row."""
-        self.order_n -= 1
-        while not self._runs(self.order[self.order_n]):
-            self.order_n -= 1
-        r: cython.int = self.order[self.order_n]
+    def _preempt(self, r, tokens):
+        """A request (no longer in ``order``) loses its blocks, those for ``tokens`` of this step too, and queues again."""
         state: cython.int = self.rows[r, STATE]
         blocks: cython.int
         i: cython.int
         j: cython.int = 0
         if state == DECODE:
             self.rows[r, DONE] = self._done(r)
-            blocks = self._blocks_for(self._computed_at(r))
+            blocks = self._blocks_for(self._computed_at(r) + tokens)
             self._remove_from_decoding(r)
         elif state == PREFILL:
             blocks = self.rows[r, BLOCKS]
@@ -584,14 +688,10 @@ class FastEngine(EngineStore):
                 self.retired_n += 1
             self.rows[r, STATE] = LAST
             self.rows[r, KEY] = -1
-            return r
-        self.rows[r, STATE] = WAITING
+            return
         self.rows[r, HIT] = 0
-        self.wait_head = (self.wait_head + self.capacity - 1) % self.capacity
-        self.waiting[self.wait_head] = r
-        self.wait_n += 1
+        self._requeue(r)
         self.waiting_tokens += self.rows[r, PROMPT]
-        return r
 
     # ---- the decoding set
 

@@ -49,11 +49,6 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
     def watermark_blocks(self) -> int:
         return int(self.watermark * self.num_gpu_blocks)
 
-    @property
-    def jumpable(self) -> bool:
-        """Whether the fast kernel models this engine exactly (first come, plain blocks, no prefill cap)."""
-        return self.policy == "fcfs" and not self.enable_prefix_caching and self.long_prefill_token_threshold == 0
-
 
 def limits_from(fields: Mapping[str, Any]) -> EngineLimits:
     """Limits from a run's ``engine.json`` or a trace's header; fields that are not limits are ignored.

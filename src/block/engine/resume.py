@@ -8,6 +8,7 @@ if cython.compiled:
         BELIEVED,
         BLOCKS,
         COMPUTED,
+        DECODE,
         DONE,
         DONE_STATE,
         FINISHED,
@@ -34,6 +35,7 @@ else:
         BELIEVED,
         BLOCKS,
         COMPUTED,
+        DECODE,
         DONE,
         DONE_STATE,
         FINISHED,
@@ -70,33 +72,49 @@ IN_SAMPLES_2 = cython.declare(cython.int, 4)
 
 
 def restore(
-    engine, requests, totals, hits, running, free, taken_s, batches, batch_1_started_s, newest_scheduled_s, heat=0.0
-):
+    engine, requests, totals, hits, arrived, running, free, taken_s, batches, batch_1_started_s, newest_scheduled_s, heat=0.0
+):  # fmt: skip
     """Make ``engine`` (a FastEngine of the same limits) continue from a snapshot (see ``predict.snapshot``).
 
     ``requests``: (FIELDS, n) int32; ``totals``: (n,) int32 expected total output tokens; ``hits``: (n,) int32 prompt
-    tokens of waiting requests that are in the prefix cache; ``batches`` in flight 0-2; times in seconds; ``heat``: of the
-    finished steps, at ``taken_s`` (see ``curve``).
+    tokens of waiting requests that are in the prefix cache; ``arrived``: (n,) float64; ``batches`` in flight 0-2; times in
+    seconds; ``heat``: of the finished steps, at ``taken_s`` (see ``curve``).
     """
     n = requests.shape[1]
     if engine.capacity < n + 1:
         engine._allocate_arrays(2 * (n + 1))
     engine._clear(taken_s, free)
     engine.heat = heat
-    _restore(engine, requests, totals, hits, running, batches, batch_1_started_s, newest_scheduled_s)
+    _restore(engine, requests, totals, hits, arrived, running, batches, batch_1_started_s, newest_scheduled_s)
 
 
-def _restore(engine, requests, totals, hits, running, batches, batch_1_started_s, newest_scheduled_s):
+def _restore(engine, requests, totals, hits, arrived, running, batches, batch_1_started_s, newest_scheduled_s):
     i: cython.int
     n: cython.int = requests.shape[1]
+    taken: cython.double = engine.now
     _resume_time(engine, requests, batches, batch_1_started_s, newest_scheduled_s)
     engine.used = n
     for i in range(n):
         _restore_row(engine, i, requests, totals[i], i < running, batches)
+        engine.times[i, ARRIVED] = arrived[i]
         if i >= running and engine.rows[i, STATE] != DONE_STATE:
             engine.rows[i, HIT] = max(0, min(hits[i], engine.rows[i, PROMPT] - 1))
             engine.waiting_tokens += engine.rows[i, PROMPT]
             engine._queue(i)
+    if _has_work(engine):
+        engine.now = max(engine.now, taken)
+    # else it tried to schedule when it had launched, in vain, and hears of nothing before the results
+
+
+def _has_work(engine):
+    """Whether there is something to schedule that is not in flight already."""
+    r: cython.int
+    if engine.prefill_n > 0 or engine.wait_n > 0:
+        return True
+    for r in range(engine.used):
+        if engine.rows[r, STATE] == DECODE and engine.rows[r, KEY] > 0:
+            return True
+    return False
 
 
 def _restore_row(engine, i, requests, total, running, batches):
@@ -161,10 +179,11 @@ def _resume_time(engine, requests, batches, batch_1_started_s, newest_scheduled_
         if max(older_end, launched) < taken:
             older_end = taken  # it takes longer than the model thinks: it may end any moment
         engine.now = max(older_end, launched)
+        older_end = max(older_end, newest_scheduled_s + engine.curve.head_s)
         engine.gpu_end = max(older_end + _batch_s(engine, requests, IN_BATCH_2, False), launched)
     else:
         engine.gpu_end = max(older_end, launched, taken)
-        engine.now = engine.gpu_end if engine.lag == 1 else max(launched, taken)
+        engine.now = engine.gpu_end if engine.lag == 1 else launched
     engine.in_flight = engine.lag == 2
 
 

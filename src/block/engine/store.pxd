@@ -1,6 +1,6 @@
 from block.steptime.curve cimport StepCurve
 
-cdef int PROMPT, STOP, MAX_TOKENS, DONE, G0, KEY, STATE, COMPUTED, BLOCKS, HIT, PREEMPTIONS, BELIEVED, LABEL, PRIORITY, HELD, ARRIVED, SCHEDULED, FIRST, FINISHED, UNUSED, EXPECTED, WAITING, PREFILL, DECODE, LAST, DONE_STATE
+cdef int PROMPT, STOP, MAX_TOKENS, DONE, G0, KEY, STATE, COMPUTED, BLOCKS, HIT, PREEMPTIONS, BELIEVED, LABEL, PRIORITY, HELD, TOKENS, ARRIVED, SCHEDULED, FIRST, FINISHED, UNUSED, EXPECTED, WAITING, PREFILL, DECODE, LAST, DONE_STATE
 
 
 cdef class EngineStore:
@@ -29,6 +29,8 @@ cdef class EngineStore:
     cdef bint reserve
     cdef bint chunked
     cdef bint by_priority
+    cdef int prefill_cap  # most prompt tokens of one request in a step
+    cdef int cap  # the same in this step: a request alone has no cap
     cdef int lag
     cdef public bint jumping
     cdef public object cache
@@ -72,9 +74,13 @@ cdef class EngineStore:
     cdef int _class(self, int computed) noexcept
     cdef int _add(self, int prompt, int max_tokens, int stop, double at_s, int believed, int hit, int label, int priority) noexcept
     cdef void _arrive(self) noexcept
+    cdef bint _before(self, int a, int b) noexcept
     cdef void _queue(self, int r) noexcept
+    cdef void _requeue(self, int r) noexcept
     cdef void _push_order(self, int r) noexcept
     cdef bint _runs(self, int r) noexcept
+    cdef int _pop_last(self) noexcept
+    cdef void _remove_from_order(self, int i) noexcept
     cdef void _compact_order(self) noexcept
     cdef void _heap_push(self, int key, int r) noexcept
     cdef void _heap_pop(self) noexcept

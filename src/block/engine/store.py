@@ -23,6 +23,7 @@ BELIEVED = 11  # expected output tokens: what a what-if takes for STOP
 LABEL = 12  # the caller's number for the request
 PRIORITY = 13
 HELD = 14  # blocks of its prefix hit that are charged to another request
+TOKENS = 15  # what it was given in the step being scheduled, where that is looked at one by one
 
 # Columns of a request's times, seconds; negative: not yet.
 ARRIVED = 0
@@ -54,6 +55,8 @@ class EngineStore:
         self.reserve = limits.scheduler_reserve_full_isl
         self.chunked = limits.enable_chunked_prefill
         self.by_priority = limits.policy == "priority"
+        self.prefill_cap = limits.long_prefill_token_threshold or limits.max_num_batched_tokens
+        self.cap = self.budget_max
         self.lag = 2 if limits.async_scheduling else 1
         self.jumping = True
         self.cache = None  # a PrefixCache; copies have none
@@ -115,6 +118,7 @@ class EngineStore:
             self.block_size, self.budget_max, self.running_max = other.block_size, other.budget_max, other.running_max
             self.model_len, self.watermark, self.lag = other.model_len, other.watermark, other.lag
             self.reserve, self.chunked, self.by_priority = other.reserve, other.chunked, other.by_priority
+            self.prefill_cap = self.cap = other.prefill_cap
         self.curve = other.curve
         self.jumping = other.jumping
 
@@ -214,17 +218,34 @@ class EngineStore:
         self.arrival_n -= 1
         self._queue(r)
 
+    def _before(self, a, b):
+        """Whether ``a`` comes before ``b`` under the priority policy."""
+        if self.rows[a, PRIORITY] != self.rows[b, PRIORITY]:
+            return self.rows[a, PRIORITY] < self.rows[b, PRIORITY]
+        return self.times[a, ARRIVED] < self.times[b, ARRIVED]
+
     def _queue(self, r):
+        """Into the waiting queue, where its turn is."""
         i: cython.int = self.wait_n
         j: cython.int
         while self.by_priority and i > 0:
             j = self.waiting[(self.wait_head + i - 1) % self.capacity]
-            if self.rows[j, PRIORITY] <= self.rows[r, PRIORITY]:
+            if not self._before(r, j):
                 break
             self.waiting[(self.wait_head + i) % self.capacity] = j
             i -= 1
         self.rows[r, STATE] = WAITING
         self.waiting[(self.wait_head + i) % self.capacity] = r
+        self.wait_n += 1
+
+    def _requeue(self, r):
+        """A preempted request goes to the head of the queue; under the priority policy where its turn is."""
+        if self.by_priority:
+            self._queue(r)
+            return
+        self.rows[r, STATE] = WAITING
+        self.wait_head = (self.wait_head + self.capacity - 1) % self.capacity
+        self.waiting[self.wait_head] = r
         self.wait_n += 1
 
     def _push_order(self, r):
@@ -236,6 +257,19 @@ class EngineStore:
     def _runs(self, r):
         """Whether a row of ``order`` still stands for a running request."""
         return PREFILL <= self.rows[r, STATE] <= LAST and self.rows[r, KEY] != -1
+
+    def _pop_last(self):
+        """The last admitted request that runs, taken out of ``order``."""
+        self.order_n -= 1
+        while not self._runs(self.order[self.order_n]):
+            self.order_n -= 1
+        return self.order[self.order_n]
+
+    def _remove_from_order(self, i):
+        self.order_n -= 1
+        while i < self.order_n:
+            self.order[i] = self.order[i + 1]
+            i += 1
 
     def _compact_order(self):
         i: cython.int

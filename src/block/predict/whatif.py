@@ -21,7 +21,7 @@ from block.engine.ask import ask_mirrors
 from block.engine.kernel import FastEngine
 from block.engine.limits import EngineLimits
 from block.engine.resume import restore
-from block.predict.snapshot import COMPUTED, FIELDS, MAX_TOKENS, PROMPT, EngineSnapshot
+from block.predict.snapshot import FIELDS, MAX_TOKENS, PRIORITY, PROMPT, EngineSnapshot
 from block.steptime.curve import StepCurve
 
 HORIZON_S = 600.0
@@ -53,9 +53,11 @@ class Mirror:
         header = snapshot.header
         requests = np.array(snapshot.requests, np.int32)
         totals = np.array(totals, np.int32)  # the kernel wants writable buffers
+        arrived = snapshot.arrived
         beyond = int(header["waiting_total"]) - snapshot.waiting
         if beyond > 0:
             requests, totals = _with_unlisted(requests, totals, beyond, int(header["waiting_tokens_beyond"]))
+            arrived = np.concatenate((arrived, np.full(beyond, np.inf)))
         count = requests.shape[1]
         if hits is None or len(hits) < count:
             hits = _NO_HITS[:count] if count <= len(_NO_HITS) else np.zeros(count, np.int32)
@@ -63,9 +65,9 @@ class Mirror:
             self.engine = FastEngine(snapshot.limits, self.curve, capacity=max(64, 2 * count))
             self._limits = snapshot.limits
         restore(
-            self.engine, requests, totals, hits, int(header["running"]), int(header["kv_blocks_free"]), float(header["taken_s"]),
-            int(header["batches_in_flight"]), float(header["batch_1_started_s"]), float(header["newest_scheduled_s"]),
-            self._heat(snapshot),
+            self.engine, requests, totals, hits, arrived, int(header["running"]), int(header["kv_blocks_free"]),
+            float(header["taken_s"]), int(header["batches_in_flight"]), float(header["batch_1_started_s"]),
+            float(header["newest_scheduled_s"]), self._heat(snapshot),
         )  # fmt: skip
         self.taken_s = float(header["taken_s"])
 
@@ -195,6 +197,6 @@ def _with_unlisted(
     rows[PROMPT] = max(1, round(tokens / count))
     mean_total = max(1, int(totals.mean())) if len(totals) else 256
     rows[MAX_TOKENS] = mean_total
-    rows[COMPUTED] = 0
+    rows[PRIORITY] = requests[PRIORITY].max(initial=0)
     both = np.ascontiguousarray(np.concatenate((requests, rows), axis=1))
     return both, np.concatenate((totals, np.full(count, mean_total, np.int32)))
