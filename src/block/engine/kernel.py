@@ -25,7 +25,7 @@ preempts from anywhere. Their steps with prefills or without blocks go through t
 (``_fill_in_order``); a decode that gets nothing is set aside for the step.
 
 Equality with stepping and with ``pipeline.Engine`` is a property test (tests/engine/test_kernel.py). What it
-approximates: with prefix caching a request's known hit saves its computation, not its memory.
+approximates is prefix caching: ``prefix.PrefixCache`` in the simulator; a what-if knows only the hits that it is told.
 The file also runs uncompiled, for reading and coverage.
 """
 
