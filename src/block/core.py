@@ -62,16 +62,6 @@ class LengthEstimate(Protocol):
         ...
 
 
-class LengthEstimator(Protocol):
-    """Estimates output lengths from what a client sent."""
-
-    def estimate(self, request: Request) -> LengthEstimate: ...
-
-    def observe(self, request: Request, output_tokens: int) -> None:
-        """Learn from a finished request."""
-        ...
-
-
 class Load(msgspec.Struct, frozen=True):
     """The cheap counters of one instance, the gateway's own unseen dispatches included.
 

@@ -17,7 +17,6 @@ from block.steptime.profile import StepTimeProfile
 from block.steptime.steplog import REQUESTS_SUFFIX, STEPS_SUFFIX, Floats, read_rows, rows_as_floats
 
 SLICE_S = 5.0  # virtual time between two reports of progress
-IDLE_SLICES_MOST = 10_000
 
 
 class MeasuredRequest(msgspec.Struct, frozen=True):

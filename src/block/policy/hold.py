@@ -129,12 +129,6 @@ class HeldQueue(Generic[Item]):
         if gone:
             self._held = [one for one in self._held if one.number not in gone]
 
-    def drop(self, item: Item) -> bool:
-        """Forget one (its client left); whether it was here."""
-        kept = [one for one in self._held if one.item is not item]
-        dropped, self._held = len(kept) < len(self._held), kept
-        return dropped
-
     def release(self, attempt: Callable[[Item, float, bool], bool], now_s: float) -> None:
         """Send all, the oldest first: nothing is held any more (shutdown)."""
         held, self._held = self._held, []
