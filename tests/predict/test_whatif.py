@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from block.core import Request
 from block.engine.limits import EngineLimits
 from block.engine.pipeline import Engine
-from block.engine.sequence import FINISHED
+from block.engine.sequence import FINISHED, Sequence
 from block.errors import BadInputError
 from block.predict.capture import Recorder
 from block.predict.snapshot import MAX_TOKENS, decode, encode, header_of
 from block.predict.whatif import Mirror, Oracle, predict, predict_all
 from engine.cases import Arrival, arrivals, curve, plain_limits, servable
 
+FOREVER = 1e9
 ENDED_IN_FLIGHT_S = 3e-4  # a batch in flight may carry a token of a request that has ended and is in no snapshot
 
 
@@ -185,3 +186,29 @@ def test_a_mirror_without_a_snapshot_is_refused() -> None:
     mirror = busy_mirror()
     with pytest.raises(ValueError, match="loaded"):
         predict_all([mirror, Mirror(mirror.curve)], prompt_tokens=10, max_tokens=5, output_tokens=5, now_s=0.1)
+
+
+def test_what_requests_share_is_read_once_and_held_once() -> None:
+    """Twelve requests behind one long prompt: steps are faster and memory is emptier than their contexts say."""
+    limits = EngineLimits(enable_prefix_caching=True, num_gpu_blocks=700)
+    common = [("system prompt", block) for block in range(120)]
+    engine = Engine(limits, curve())
+    sequences = {i: Sequence(i, 2000, 300 + 10 * i, block_keys=common, arrived_s=0.2 * i) for i in range(12)}
+    for sequence in sequences.values():
+        engine.add(sequence, sequence.arrived_s)
+    engine.advance(3.0)
+    snapshot = decode(Recorder(engine).capture(3.0))
+    assert snapshot.shared_tokens == 16 * 120 * (snapshot.running - 1)
+    mirror = Mirror(engine.curve)
+    mirror.load(snapshot, np.array([sequences[int(key)].stop_after for key in snapshot.keys], np.int32))
+    asked = Arrival(3.0, 900, 200, 200)
+    prediction = predict_all([mirror], prompt_tokens=900, max_tokens=200, output_tokens=200, now_s=3.0)[0]
+    sequence = asked.sequence(-1)
+    engine.add(sequence, 3.0)
+    while sequence.status != FINISHED:
+        engine.advance(engine.next_event_s())
+    assert engine.scheduler.preemptions == prediction.preemptions == 0
+    assert prediction.e2e_s == pytest.approx(sequence.finished_s - 3.0, rel=0.005)
+    assert mirror.engine is not None
+    mirror.engine.advance(FOREVER)
+    assert mirror.engine.load() == (0, 0, 0, limits.blocks_usable)

@@ -7,11 +7,21 @@ import numpy as np
 import pytest
 
 from block.engine.limits import EngineLimits
+from block.engine.pipeline import Engine
+from block.engine.sequence import Sequence
+from block.predict.capture import Recorder
+from block.predict.snapshot import decode
 from block.steptime.calibrate import LEAST, MOST, Calibration
+from block.steptime.profile import load_profile
 
 from .emulated import LIMITS, known_profile, steps_of
 
 SEEN_AT_ONCE = 16
+
+
+def shown(steps: np.ndarray, limits: EngineLimits = LIMITS, epoch: int = 1, shared_tokens: int = 0) -> SimpleNamespace:
+    """What the calibration looks at of a snapshot."""
+    return SimpleNamespace(steps=steps, limits=limits, epoch=epoch, shared_tokens=shared_tokens)
 
 
 def fed(calibration: Calibration, steps: np.ndarray, every: int = 4) -> list[float]:
@@ -19,7 +29,7 @@ def fed(calibration: Calibration, steps: np.ndarray, every: int = 4) -> list[flo
     scales = []
     for end in range(every, len(steps) + 1, every):
         rows = steps[max(0, end - SEEN_AT_ONCE) : end]
-        calibration.observe(SimpleNamespace(steps=rows, limits=LIMITS, epoch=1))
+        calibration.observe(shown(rows))
         scales.append(calibration.scale)
     return scales
 
@@ -67,7 +77,7 @@ def test_the_same_steps_shown_again_count_once():
     fed(once, steps)
     for end in range(4, len(steps) + 1, 4):
         for _ in range(3):
-            often.observe(SimpleNamespace(steps=steps[max(0, end - SEEN_AT_ONCE) : end], limits=LIMITS, epoch=1))
+            often.observe(shown(steps[max(0, end - SEEN_AT_ONCE) : end]))
     assert often.scale == once.scale
     assert often.state.windows == once.state.windows
 
@@ -76,7 +86,7 @@ def test_steps_that_went_by_unseen_are_not_counted_as_slowness():
     steps = steps_of(known_profile(), requests=150)
     calibration = Calibration(known_profile())
     for end in range(SEEN_AT_ONCE, len(steps), 3 * SEEN_AT_ONCE):  # two of three rows are never shown
-        calibration.observe(SimpleNamespace(steps=steps[end - SEEN_AT_ONCE : end], limits=LIMITS, epoch=1))
+        calibration.observe(shown(steps[end - SEEN_AT_ONCE : end]))
     assert calibration.scale == pytest.approx(1.0, rel=1e-6)
 
 
@@ -86,7 +96,7 @@ def test_a_restarted_engine_begins_a_new_window_and_keeps_the_scale():
     fed(calibration, steps)
     before = calibration.scale
     again = steps[:8].copy()
-    calibration.observe(SimpleNamespace(steps=again, limits=EngineLimits(), epoch=2))
+    calibration.observe(shown(again, EngineLimits(), epoch=2))
     assert calibration.scale == before
 
 
@@ -95,3 +105,17 @@ def test_its_state_says_how_far_off_the_last_windows_are():
     assert calibration.state.error_fraction is None
     fed(calibration, steps_of(known_profile(), scale=1.2, requests=80))
     assert abs(calibration.state.error_fraction) < 0.01
+
+
+def test_steps_that_are_fast_because_requests_share_context_are_not_taken_for_a_fast_engine():
+    profile = load_profile("h200-llama3.1-8b")
+    limits = EngineLimits(enable_prefix_caching=True)
+    engine = Engine(limits, profile.curve(limits=limits))
+    for i in range(30):
+        engine.add(Sequence(i, 2000, 400, block_keys=[("common", block) for block in range(120)]), 0.05 * i)
+    recorder, calibration = Recorder(engine), Calibration(profile)
+    for tick in range(200):
+        engine.advance(0.02 * tick)
+        calibration.observe(decode(recorder.capture(0.02 * tick)))
+    assert calibration.state.windows > 10
+    assert calibration.scale == pytest.approx(1.0, abs=0.01)

@@ -6,6 +6,8 @@ cpdef restore(
 cdef void _restore(
     FastEngine engine, int[:, ::1] requests, int[::1] totals, int[::1] hits, const double[::1] arrived,
     int running, int batches, double batch_1_started_s, double newest_scheduled_s) noexcept
+cdef long long _blocks_held(int[:, ::1] requests, int running) noexcept
+cdef void _share(FastEngine engine, int[:, ::1] requests, int running) noexcept
 cdef bint _has_work(FastEngine engine) noexcept
 cdef void _restore_row(FastEngine engine, int i, int[:, ::1] requests, int total, bint running, int batches) noexcept
 cdef void _resume_time(

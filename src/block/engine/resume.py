@@ -85,7 +85,30 @@ def restore(
         engine._allocate_arrays(2 * (n + 1))
     engine._clear(taken_s, free)
     engine.heat = heat
+    if engine.limits.enable_prefix_caching:
+        engine.held = max(_blocks_held(requests, running) - (engine.limits.blocks_usable - free), 0)
     _restore(engine, requests, totals, hits, arrived, running, batches, batch_1_started_s, newest_scheduled_s)
+    if engine.held > 0:
+        _share(engine, requests, running)
+
+
+def _blocks_held(requests, running):
+    i: cython.int
+    total: cython.longlong = 0
+    for i in range(running):
+        total += requests[IN_BLOCKS, i]
+    return total
+
+
+def _share(engine, requests, running):
+    """What is held more than once is charged once: each running request lacks its part of the blocks, as it has blocks
+    (who shares with whom is not known)."""
+    i: cython.int
+    total: cython.longlong = _blocks_held(requests, running)
+    before: cython.longlong = 0
+    for i in range(running):
+        engine.rows[i, HELD] = (before + requests[IN_BLOCKS, i]) * engine.held // total - before * engine.held // total
+        before += requests[IN_BLOCKS, i]
 
 
 def _restore(engine, requests, totals, hits, arrived, running, batches, batch_1_started_s, newest_scheduled_s):
@@ -215,7 +238,8 @@ def _batch_s(engine, requests, batch, followed):
             work += tokens * (computed + 0.5 * tokens)
     if decodes + chunks == 0:
         return 0.0
-    seconds: cython.double = engine.curve.gpu_s(decodes, context, prefill, work, chunks, engine.heat)
+    shared: cython.double = 1.0 * engine.held * engine.block_size
+    seconds: cython.double = engine.curve.gpu_s(decodes, context, prefill, work, chunks, engine.heat, shared)
     engine.heat += prefill
     return seconds
 

@@ -137,6 +137,14 @@ class EngineSnapshot(msgspec.Struct, frozen=True, eq=False):
     def kv_blocks_free(self) -> int:
         return int(self.header["kv_blocks_free"])
 
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens of the running requests' KV blocks that another one holds too, counted once less than held."""
+        if not self.limits.enable_prefix_caching:
+            return 0
+        held = int(self.requests[BLOCKS, : self.running].sum())
+        return max(held - (self.limits.blocks_usable - self.kv_blocks_free), 0) * self.limits.block_size
+
 
 def request_key(request_id: str) -> int:
     """The 64-bit key under which a request of this id (the ``X-Request-Id``) stands in snapshots."""

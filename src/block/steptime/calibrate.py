@@ -32,6 +32,8 @@ class Reported(Protocol):
     def limits(self) -> EngineLimits: ...
     @property
     def epoch(self) -> int: ...
+    @property
+    def shared_tokens(self) -> int: ...
 
 
 class CalibrationState(msgspec.Struct, frozen=True):
@@ -57,7 +59,7 @@ class Calibration:
         self._recent: deque[float] = deque(maxlen=MEDIAN_OF)
         self._windows = 0
         self._last_finished_s = -math.inf
-        self._pending: list[Any] = []
+        self._pending: list[tuple[Any, int]] = []  # steps, tokens of their context that were shared
         self._heat, self._heated_s = 0.0, -math.inf
 
     @property
@@ -78,16 +80,17 @@ class Calibration:
         if len(fresh) == len(steps):
             self._pending = []  # older steps than these went by unseen
         self._last_finished_s = float(fresh[-1]["finished_s"])
+        shared = snapshot.shared_tokens
         for step in fresh:
-            if self._pending and step["scheduled_s"] > self._pending[-1]["finished_s"] + self._curve.launch_decode_s:
+            if self._pending and step["scheduled_s"] > self._pending[-1][0]["finished_s"] + self._curve.launch_decode_s:
                 self._pending = []  # the engine was idle in between
-            self._pending.append(step)
+            self._pending.append((step, shared))
             if len(self._pending) > WINDOW_STEPS:
                 self._close()
 
     def _close(self) -> None:
         steps, self._pending = self._pending, self._pending[-1:]
-        observed_s = float(steps[-1]["finished_s"] - steps[0]["finished_s"])
+        observed_s = float(steps[-1][0]["finished_s"] - steps[0][0]["finished_s"])
         modelled_s = self._play(steps)
         if observed_s <= 0 or modelled_s <= 0:
             return
@@ -97,19 +100,20 @@ class Calibration:
         change = min(max(GAIN * left, -STEP_MOST), STEP_MOST)
         self.scale = min(max(self.scale * math.exp(change), self._least), self._most)
 
-    def _play(self, steps: list[Any]) -> float:
+    def _play(self, steps: list[tuple[Any, int]]) -> float:
         """Seconds from the first step's results to the last one's in the unscaled profile (see ``engine.pipeline``)."""
         assert self._limits is not None
         curve, overlapped = self._curve, self._limits.async_scheduling
         end_s = 0.0
-        now_s = min(float(steps[1]["scheduled_s"] - steps[0]["finished_s"]), 0.0) if overlapped else 0.0
-        for step in steps[1:]:
+        now_s = min(float(steps[1][0]["scheduled_s"] - steps[0][0]["finished_s"]), 0.0) if overlapped else 0.0
+        for step, shared in steps[1:]:
             n, tokens, chunks = int(step["decode_requests"]), int(step["prefill_tokens"]), int(step["chunks"])
             heat = 0.0
             if chunks:
                 heat = curve.heat_after(self._heat, float(step["finished_s"]) - self._heated_s)
                 self._heat, self._heated_s = heat + tokens, float(step["finished_s"])
-            work_s = curve.gpu_s(n, float(step["context"]), tokens, float(step["prefill_work"]), chunks, heat)
+            context = float(step["context"])
+            work_s = curve.gpu_s(n, context, tokens, float(step["prefill_work"]), chunks, heat, min(shared, context))
             free_s = now_s + curve.launch_s(n, tokens, chunks)
             # With two batches in flight the next one is scheduled when the results of the one before are in.
             taken_s = max(end_s, free_s)
