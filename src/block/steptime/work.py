@@ -30,7 +30,7 @@ CELL_MOST = (
     300  # steps of one (tokens, context, log) cell that count fully: weights follow where engines spend their steps
 )
 SMOOTH = 0.5  # how strongly the slopes of neighbouring segments pull together
-CACHING, SHARED = -4, -3  # columns
+CACHING, SHARED = -5, -4  # columns
 KNEE = 0.05  # relative errors beyond it count linearly at first
 STALLED = 0.2  # and beyond this are stalls of the host, which also make the next step look short: they do not count
 SAMPLES_FEW = 40
@@ -63,10 +63,12 @@ class Samples(msgspec.Struct, frozen=True, eq=False):
     def columns(self, knots: Floats, tile_requests: float) -> Floats:
         plain = self.chunks == 0
         tile = self.context / np.maximum(self.requests, max(tile_requests, 1.0)) * plain * (tile_requests > 0)
+        # What a decode-only step takes longer after a prefill, against such steps' mean: most of all a sweep's large batches.
+        hot = np.where(plain, self.heat - (self.heat[plain].mean() if plain.any() else 0.0), 0.0)
         return np.column_stack([
             rises(self.tokens, knots), self.requests, self.context / 1e3, self.prefill_work / 1e6, self.chunks,
             self.chunks > 0, self.context / 1e3 * (self.chunks > 0), self.caching,
-            -self.shared / 1e3 * plain, tile / 1e3, self.prefill_tokens * self.heat / 1e6,
+            -self.shared / 1e3 * plain, tile / 1e3, hot / 1e3, self.prefill_tokens * self.heat / 1e6,
         ])  # fmt: skip
 
     def weights(self) -> Floats:
@@ -203,7 +205,7 @@ def fit_work(
     else:
         found = solve(columns, target, weights, penalty, KNEE) * MILLI
     base = found[0] + np.concatenate([[0.0], np.cumsum(found[1:n] * np.diff(knots))])
-    request, kv, attention, chunk, mixed, mixed_kv, caching, shared, tile, heat = map(float, found[n:])
+    request, kv, attention, chunk, mixed, mixed_kv, caching, shared, tile, _, heat = map(float, found[n:])
     kv_s = least_kv_s + kv / 1e3
     return WorkFit(
         knots, base, request, kv_s, attention / 1e6, chunk, mixed, mixed_kv / 1e3, caching, min(shared / 1e3, kv_s),
