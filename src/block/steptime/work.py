@@ -24,6 +24,7 @@ from block.steptime.steplog import StepLog, cuda_graph_sizes
 KNOTS = np.array(
     [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096, 8192], dtype=float
 )
+DECODE_MOST = 1024  # requests; vLLM's largest default of max_num_seqs
 MIXED_KNOTS = np.array([1, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192], dtype=float)
 CONTEXT_CELLS = np.array([64, 200, 500, 1000, 2000, 4000])  # tokens a request
 CELL_MOST = (
@@ -121,13 +122,19 @@ class WorkFit(msgspec.Struct, frozen=True, eq=False):
             - self.shared_s * log.shared(limits)
         )
 
-    def decode_table(self, most: int) -> list[tuple[float, float]]:
-        """Profile knots of decode-only steps, up to ``most`` requests: G is flat up to each captured size."""
+    def decode_table(self, most: int, prefill: "WorkFit") -> list[tuple[float, float]]:
+        """Profile knots of decode-only steps: G is flat up to each captured size.
+
+        Beyond ``most`` requests, the most seen, it grows as with the tokens of steps with prefill (``prefill``, their fit).
+        """
         sizes = cuda_graph_sizes(most)
         knots = sorted({1, *(int(s) + 1 for s in sizes[:-1]), *(int(s) for s in sizes)})
         n = np.array(knots, dtype=float)
         seconds = self.g(sizes[np.searchsorted(sizes, n)].astype(float)) + self.request_s * n
-        return [(float(x), round(float(y), 9)) for x, y in zip(knots, seconds, strict=True)]
+        beyond = KNOTS[(KNOTS > knots[-1]) & (KNOTS <= DECODE_MOST)]
+        grown = prefill.g(beyond) - prefill.g(n[-1:]) + prefill.request_s * (beyond - n[-1])
+        n, seconds = np.concatenate([n, beyond]), np.concatenate([seconds, seconds[-1] + grown])
+        return [(float(x), round(float(y), 9)) for x, y in zip(n, seconds, strict=True)]
 
     def mixed_table(self) -> list[tuple[float, float]]:
         """Profile knots of steps with prefill, by tokens."""
