@@ -57,7 +57,10 @@ def test_a_fit_gives_back_the_step_times_that_made_the_log(emulated_log):
 
 def test_larger_batches_than_were_seen_grow_as_steps_with_prefill_do(emulated_log):
     assert emulated_log.decode_requests.max() < 50
-    found, true = fit_profile([(emulated_log, LIMITS)], SUBJECT).curve(limits=LIMITS), known_profile().curve(limits=LIMITS)
+    found, true = (
+        fit_profile([(emulated_log, LIMITS)], SUBJECT).curve(limits=LIMITS),
+        known_profile().curve(limits=LIMITS),
+    )
     for n in (70, 100, 128):
         assert found.gpu_s(n, 300 * n, 0, 0, 0) == pytest.approx(true.gpu_s(n, 300 * n, 0, 0, 0), rel=0.02)
 

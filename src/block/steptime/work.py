@@ -131,7 +131,7 @@ class WorkFit(msgspec.Struct, frozen=True, eq=False):
         knots = sorted({1, *(int(s) + 1 for s in sizes[:-1]), *(int(s) for s in sizes)})
         n = np.array(knots, dtype=float)
         seconds = self.g(sizes[np.searchsorted(sizes, n)].astype(float)) + self.request_s * n
-        beyond = KNOTS[(KNOTS > knots[-1]) & (KNOTS <= DECODE_MOST)]
+        beyond = KNOTS[(knots[-1] < KNOTS) & (KNOTS <= DECODE_MOST)]
         grown = prefill.g(beyond) - prefill.g(n[-1:]) + prefill.request_s * (beyond - n[-1])
         n, seconds = np.concatenate([n, beyond]), np.concatenate([seconds, seconds[-1] + grown])
         return [(float(x), round(float(y), 9)) for x, y in zip(n, seconds, strict=True)]
