@@ -7,6 +7,7 @@ import numpy as np
 
 from block.steptime.profile import StepTimeProfile
 from block.steptime.steplog import Floats, Run, StepLog
+from block.steptime.windows import launch_s, work_s
 
 STALLED = 2.0  # times its usual launch (and a margin): then the CPU waited for the accelerator after all
 MARGIN_S = 1.5e-3
@@ -19,12 +20,7 @@ class StepReplay:
     def __init__(self, log: StepLog, run: Run, profile: StepTimeProfile) -> None:
         curve = profile.curve(limits=run.limits)
         self.log, self.head_s = log, curve.head_s
-        self.work_s, self.launch_s = np.zeros(len(log)), np.zeros(len(log))
-        columns = [log.decode_requests, log.context, log.prefill_tokens, log.prefill_work, log.chunks,
-                   log.heat(curve.heat_memory_s), log.shared(run.limits)]  # fmt: skip
-        for k, (n, context, tokens, work, chunks, heat, shared) in enumerate(np.column_stack(columns).tolist()):
-            self.work_s[k] = curve.gpu_s(int(n), context, int(tokens), work, int(chunks), heat, shared)
-            self.launch_s[k] = curve.launch_s(int(n), int(tokens), int(chunks))
+        self.work_s, self.launch_s = work_s(log, curve, run.limits), launch_s(log, curve)
         self.end_s = self._ends()
 
     def _ends(self) -> Floats:
