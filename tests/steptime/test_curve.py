@@ -41,6 +41,13 @@ def test_long_prompts_cost_what_their_tokens_cost_beyond_the_last_knot(name):
     assert at[1] - at[0] > 0.1 * 20e3 * curve.gpu_s(0, 0, 2048, 0, 1) / 2048
 
 
+@pytest.mark.parametrize("name", profile_names())
+def test_a_decoding_request_more_costs_a_good_part_of_a_prefill_token_in_large_batches(name):
+    curve = load_profile(name).curve()
+    decode_s = curve.gpu_s(1000, 0, 0, 0, 0) - curve.gpu_s(500, 0, 0, 0, 0)
+    assert decode_s > 0.5 * (curve.gpu_s(0, 0, 1000, 0, 1) - curve.gpu_s(0, 0, 500, 0, 1))
+
+
 @given(n=st.integers(1, 300), context=st.integers(0, 10**6), steps=st.integers(1, 1000))
 def test_decode_steps_of_one_batch_are_linear_in_the_context(n, context, steps):
     curve = known_profile().curve()

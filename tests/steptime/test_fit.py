@@ -15,7 +15,7 @@ from block.steptime.roofline import arithmetic
 from block.steptime.sources import read_measured
 from block.steptime.steplog import StepLog, cut, read_run, read_steps
 from block.steptime.windows import errors_by_regime, windows
-from block.steptime.work import HEAT_MEMORY_S
+from block.steptime.work import HEAT_MEMORY_S, Samples, fit_work
 
 from .emulated import LIMITS, known_profile, log_of, steps_of
 
@@ -53,6 +53,27 @@ def test_a_fit_gives_back_the_step_times_that_made_the_log(emulated_log):
         assert found.gpu_s(30, 10_000, prefill, prefill**2 / 2, 1) == pytest.approx(expected, rel=0.06)
     assert found.launch_s(20, 100, 1) == pytest.approx(true.launch_s(20, 100, 1), rel=0.05)
     assert found.launch_s(20, 1000, 1) == pytest.approx(true.launch_s(20, 1000, 1), rel=0.05)
+
+
+def test_larger_batches_than_were_seen_grow_as_steps_with_prefill_do(emulated_log):
+    assert emulated_log.decode_requests.max() < 50
+    found, true = (
+        fit_profile([(emulated_log, LIMITS)], SUBJECT).curve(limits=LIMITS),
+        known_profile().curve(limits=LIMITS),
+    )
+    for n in (70, 100, 128):
+        assert found.gpu_s(n, 300 * n, 0, 0, 0) == pytest.approx(true.gpu_s(n, 300 * n, 0, 0, 0), rel=0.02)
+
+
+def test_large_batches_that_were_only_seen_right_after_their_prefill_are_not_taken_for_slower():
+    rng = np.random.default_rng(0)
+    requests = rng.integers(1, 65, 4000).astype(float)
+    context, zero = 500 * requests * rng.uniform(0.5, 1.5, 4000), np.zeros(4000)
+    heat = np.where(requests > 32, rng.uniform(1000, 3000, 4000), rng.uniform(0, 1000, 4000))
+    seconds = 5e-3 + 12e-6 * requests + 3e-8 * context + 1e-7 * (heat - heat.mean())
+    steps = Samples(requests, requests, context, zero, zero, zero, zero, zero, heat, zero.astype(int), seconds)
+    found = fit_work(steps, None)
+    assert found.g(np.array([64.0]))[0] + 64 * found.request_s == pytest.approx(5e-3 + 64 * 12e-6, rel=0.005)
 
 
 def test_a_fit_finds_how_much_slower_prefill_without_end_is():

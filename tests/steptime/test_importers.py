@@ -146,7 +146,17 @@ def test_llmservingsims_tables_add_up_over_the_layers(tmp_path):
         for c, b, n, kv in grid
     ]
     write_csv(tmp_path / "attention.csv", rows)
+    even = import_llmservingsim(tmp_path, layers=4, name="x", gpu="x", model="x").curve()
+    # With contexts as unlike as in traffic, attention over n requests takes n / 2 us more; in another unit.
+    skewed = [
+        {"regime": "pure", "n": n, "kv_mean": 1000, "kv_big": 3400, "t_mean_us": 3, "t_skew_us": 3 + 1.5 * n / (5 + n)}
+        for n in (8, 64)
+    ]
+    write_csv(tmp_path / "skew.csv", [*skewed, {**skewed[1], "regime": "mixed", "t_skew_us": 100}])
     curve = import_llmservingsim(tmp_path, layers=4, name="x", gpu="x", model="x").curve()
+    for n in (8, 64):
+        more_s = curve.gpu_s(n, n * 1e3, 0, 0, 0) - even.gpu_s(n, n * 1e3, 0, 0, 0)
+        assert more_s == pytest.approx(4 * 0.5e-6 * n, rel=0.05)
     # Eight operators a layer (the norm twice) and attention; embedding, last norm, head and sampler once.
     assert curve.gpu_s(1, 0, 0, 0, 0) == pytest.approx(4 * (8 * 10.1e-6 + 5e-6) + 2 * 10.1e-6 + 2 * 51e-6, rel=0.02)
     assert curve.kv_s == pytest.approx(4e-9, rel=0.02)

@@ -142,7 +142,7 @@ def vidur(
 def llmservingsim(
     directory: Path, gpu: str, layers: int, output: Path, name: str | None, model: str | None, tensor_parallel: int
 ) -> None:
-    """Import LLMServingSim's dense.csv, per_sequence.csv and attention.csv in DIRECTORY (a tpN one).
+    """Import LLMServingSim's dense.csv, per_sequence.csv, attention.csv and skew.csv (if there) in DIRECTORY (a tpN one).
 
     \b
     Examples:

@@ -107,13 +107,16 @@ def replay(
     limits: EngineLimits,
     profile: StepTimeProfile,
     progress: Callable[[int], None] = lambda finished: None,
+    engine: Engine | None = None,
 ) -> Replayed:
     """Run a stage through the engine model; ``progress`` is told how many requests have finished.
+
+    ``engine``: a fresh one to play it on, by default one with the profile's times.
 
     Raises:
         BadInputError: a request can never run under these limits.
     """
-    engine = Engine(limits, profile.curve(limits=limits))
+    engine = engine or Engine(limits, profile.curve(limits=limits))
     sequences = [
         EngineSequence(r.key, r.prompt_tokens, r.output_tokens, arrived_s=r.arrived_s, block_keys=r.block_keys)
         for r in requests

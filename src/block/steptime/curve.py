@@ -6,7 +6,7 @@ still has to do when the others have nothing left: about one request's context, 
 each head. A step with prefill takes ``mixed_base[tokens] + request_s * n + kv_mixed_s * context +
 attention_s * prefill_work + chunk_s * chunks + heat_s * prefill_tokens * heat``, where tokens are the batch's, decoding ones
 included, and heat is how many tokens the accelerator has prefilled lately: each counts exp(-age / heat_memory_s). Under
-sustained prefill the accelerator reaches its power limit and slows its clock down; what reads memory only, decoding, is spared.
+sustained prefill the accelerator reaches its power limit and slows its clock down; decoding, which reads memory, is mostly spared.
 ``launch_s`` is how long the CPU is busy with scheduling and launching the step:
 the results of the step before it are not looked at earlier. An idle accelerator starts ``head_s`` after the step is
 scheduled. See docs/engine-model.md.

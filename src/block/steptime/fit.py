@@ -100,7 +100,7 @@ def _profile(decode: WorkFit, work: WorkFit, launch: LaunchFit, most: int, subje
         model=subject.model,
         tensor_parallel=subject.tensor_parallel,
         source=subject.source,
-        decode_knots=decode.decode_table(most),
+        decode_knots=decode.decode_table(most, work),
         mixed_knots=work.mixed_table(),
         kv_s=decode.kv_s,
         kv_mixed_s=work.kv_s + work.mixed_kv_s,

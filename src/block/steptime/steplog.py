@@ -53,10 +53,10 @@ class StepLog(msgspec.Struct, frozen=True, eq=False):
         """Tokens prefilled before each step, shape (steps,); each counts exp(-age / ``memory_s``)."""
         found, left, counted_s = np.zeros(len(self)), 0.0, -np.inf
         began_s = np.maximum(self.scheduled_s, np.concatenate([[-np.inf], self.finished_s[:-1]]))
-        for k in np.flatnonzero(~self.pure_decode):
+        for k, tokens in enumerate(self.prefill_tokens):
             left *= float(np.exp(-max(began_s[k] - counted_s, 0.0) / memory_s))
             found[k], counted_s = left, began_s[k]
-            left += float(self.prefill_tokens[k])
+            left += float(tokens)
         return found
 
     def shared(self, limits: EngineLimits) -> Floats:

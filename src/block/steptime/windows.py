@@ -11,8 +11,9 @@ import msgspec
 import numpy as np
 
 from block.engine.limits import EngineLimits
+from block.steptime.curve import StepCurve
 from block.steptime.profile import RegimeError, StepTimeProfile
-from block.steptime.steplog import StepLog
+from block.steptime.steplog import Floats, StepLog
 
 CPU_WAITS_S = 2.5e-3  # the CPU waited this long for a step's results, so they came when the accelerator ended
 DECODE_STEPS = 20  # decode-only windows have this many steps
@@ -43,25 +44,31 @@ def _anchors(log: StepLog) -> tuple[list[bool], list[bool]]:
     return anchor.tolist(), idle.tolist()
 
 
+def work_s(log: StepLog, curve: StepCurve, limits: EngineLimits) -> Floats:
+    """The accelerator's modelled time for every step of a log, shape (steps,)."""
+    columns = (log.decode_requests, log.context, log.prefill_tokens, log.prefill_work, log.chunks)
+    rows = np.column_stack([*columns, log.heat(curve.heat_memory_s), log.shared(limits)]).tolist()
+    return np.array([curve.gpu_s(int(n), k, int(p), w, int(c), h, d) for n, k, p, w, c, h, d in rows])
+
+
+def launch_s(log: StepLog, curve: StepCurve) -> Floats:
+    """The CPU's modelled time for every step of a log, shape (steps,)."""
+    rows = np.column_stack([log.decode_requests, log.prefill_tokens, log.chunks]).astype(int).tolist()
+    return np.array([curve.launch_s(n, p, c) for n, p, c in rows])
+
+
 def windows(log: StepLog, profile: StepTimeProfile, limits: EngineLimits) -> Iterator[Window]:
     """Cut a log into windows and play each with the profile (for asynchronous scheduling)."""
     curve = profile.curve(limits=limits)
     s, u = log.scheduled_s.tolist(), log.finished_s.tolist()
-    shape = np.column_stack(
-        [log.decode_requests, log.context, log.prefill_tokens, log.prefill_work, log.chunks]
-    ).tolist()
-    heat, shared = log.heat(curve.heat_memory_s).tolist(), log.shared(limits).tolist()
-    work = [
-        curve.gpu_s(int(n), k, int(p), w, int(c), h, d)
-        for (n, k, p, w, c), h, d in zip(shape, heat, shared, strict=True)
-    ]
-    launch = [curve.launch_s(int(n), int(p), int(c)) for n, _, p, _, c in shape]
+    chunks, requests = log.chunks.tolist(), log.decode_requests.tolist()
+    work, launch = work_s(log, curve, limits).tolist(), launch_s(log, curve).tolist()
     anchor, idle = _anchors(log)
     first: int | None = None
     from_idle, prefills, taken_s, end_s = False, 0, 0.0, 0.0
     for k in range(len(s)):
         if idle[k] or (k and u[k] - u[k - 1] > PAUSE_S):
-            first, from_idle, prefills = k, True, int(shape[k][4] > 0)
+            first, from_idle, prefills = k, True, int(chunks[k] > 0)
             end_s = max(s[k] + curve.head_s + work[k], s[k] + launch[k])
             taken_s = s[k] + launch[k]  # nothing older is in flight: the next one is scheduled at once
             continue
@@ -70,10 +77,10 @@ def windows(log: StepLog, profile: StepTimeProfile, limits: EngineLimits) -> Ite
         now_s, free_s = taken_s, taken_s + launch[k]
         taken_s = max(end_s, free_s)  # the results of step k - 1
         end_s = max(max(end_s, now_s + curve.head_s) + work[k], free_s)
-        prefills += shape[k][4] > 0
+        prefills += chunks[k] > 0
         if anchor[k] and (prefills or k - first >= DECODE_STEPS):
             begun_s = s[first] if from_idle else u[first]
-            yield Window(first, k, from_idle, prefills, shape[k][0], u[k] - begun_s, end_s - begun_s)
+            yield Window(first, k, from_idle, prefills, requests[k], u[k] - begun_s, end_s - begun_s)
         if anchor[k] and (prefills or k - first >= DECODE_STEPS):
             # Step k's end is known, and step k + 1 was scheduled when the results of k - 1 were in.
             first, from_idle, prefills = k, False, 0

@@ -24,13 +24,14 @@ from block.steptime.steplog import StepLog, cuda_graph_sizes
 KNOTS = np.array(
     [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096, 8192], dtype=float
 )
+DECODE_MOST = 1024  # requests; vLLM's largest default of max_num_seqs
 MIXED_KNOTS = np.array([1, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192], dtype=float)
 CONTEXT_CELLS = np.array([64, 200, 500, 1000, 2000, 4000])  # tokens a request
 CELL_MOST = (
     300  # steps of one (tokens, context, log) cell that count fully: weights follow where engines spend their steps
 )
 SMOOTH = 0.5  # how strongly the slopes of neighbouring segments pull together
-CACHING, SHARED = -4, -3  # columns
+CACHING, SHARED = -5, -4  # columns
 KNEE = 0.05  # relative errors beyond it count linearly at first
 STALLED = 0.2  # and beyond this are stalls of the host, which also make the next step look short: they do not count
 SAMPLES_FEW = 40
@@ -63,10 +64,12 @@ class Samples(msgspec.Struct, frozen=True, eq=False):
     def columns(self, knots: Floats, tile_requests: float) -> Floats:
         plain = self.chunks == 0
         tile = self.context / np.maximum(self.requests, max(tile_requests, 1.0)) * plain * (tile_requests > 0)
+        # What a decode-only step takes longer after a prefill, against such steps' mean: most of all a sweep's large batches.
+        hot = np.where(plain, self.heat - (self.heat[plain].mean() if plain.any() else 0.0), 0.0)
         return np.column_stack([
             rises(self.tokens, knots), self.requests, self.context / 1e3, self.prefill_work / 1e6, self.chunks,
             self.chunks > 0, self.context / 1e3 * (self.chunks > 0), self.caching,
-            -self.shared / 1e3 * plain, tile / 1e3, self.prefill_tokens * self.heat / 1e6,
+            -self.shared / 1e3 * plain, tile / 1e3, hot / 1e3, self.prefill_tokens * self.heat / 1e6,
         ])  # fmt: skip
 
     def weights(self) -> Floats:
@@ -119,13 +122,19 @@ class WorkFit(msgspec.Struct, frozen=True, eq=False):
             - self.shared_s * log.shared(limits)
         )
 
-    def decode_table(self, most: int) -> list[tuple[float, float]]:
-        """Profile knots of decode-only steps, up to ``most`` requests: G is flat up to each captured size."""
+    def decode_table(self, most: int, prefill: "WorkFit") -> list[tuple[float, float]]:
+        """Profile knots of decode-only steps: G is flat up to each captured size.
+
+        Beyond ``most`` requests, the most seen, it grows as with the tokens of steps with prefill (``prefill``, their fit).
+        """
         sizes = cuda_graph_sizes(most)
         knots = sorted({1, *(int(s) + 1 for s in sizes[:-1]), *(int(s) for s in sizes)})
         n = np.array(knots, dtype=float)
         seconds = self.g(sizes[np.searchsorted(sizes, n)].astype(float)) + self.request_s * n
-        return [(float(x), round(float(y), 9)) for x, y in zip(knots, seconds, strict=True)]
+        beyond = KNOTS[(knots[-1] < KNOTS) & (KNOTS <= DECODE_MOST)]
+        grown = prefill.g(beyond) - prefill.g(n[-1:]) + prefill.request_s * (beyond - n[-1])
+        n, seconds = np.concatenate([n, beyond]), np.concatenate([seconds, seconds[-1] + grown])
+        return [(float(x), round(float(y), 9)) for x, y in zip(n, seconds, strict=True)]
 
     def mixed_table(self) -> list[tuple[float, float]]:
         """Profile knots of steps with prefill, by tokens."""
@@ -203,7 +212,7 @@ def fit_work(
     else:
         found = solve(columns, target, weights, penalty, KNEE) * MILLI
     base = found[0] + np.concatenate([[0.0], np.cumsum(found[1:n] * np.diff(knots))])
-    request, kv, attention, chunk, mixed, mixed_kv, caching, shared, tile, heat = map(float, found[n:])
+    request, kv, attention, chunk, mixed, mixed_kv, caching, shared, tile, _, heat = map(float, found[n:])
     kv_s = least_kv_s + kv / 1e3
     return WorkFit(
         knots, base, request, kv_s, attention / 1e6, chunk, mixed, mixed_kv / 1e3, caching, min(shared / 1e3, kv_s),

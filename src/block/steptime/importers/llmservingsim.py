@@ -1,4 +1,7 @@
-"""LLMServingSim's vLLM profiles (``dense.csv``, ``per_sequence.csv``, ``attention.csv``: microseconds of a layer)."""
+"""LLMServingSim's vLLM profiles: ``dense.csv``, ``per_sequence.csv``, ``attention.csv``, microseconds of a layer.
+
+``skew.csv``, where there is one, has attention over batches in which some contexts are four times as long as the others.
+"""
 
 from pathlib import Path
 
@@ -23,6 +26,7 @@ ONCE = ("embedding", "final_layernorm")
 HEAD = ("lm_head", "sampler")
 MICRO = 1e-6
 CONTEXT_MOST = 8192  # longer contexts would dominate the fit of the slopes
+UNEVEN = 3  # the longest context against the mean; in ShareGPT-like traffic 3.6 to 6
 
 
 def import_llmservingsim(
@@ -45,7 +49,8 @@ def import_llmservingsim(
     sequences = np.unique(column(heads, "sequences"))
     head = sum((_operator(heads, of, "sequences", sequences, directory) for of in HEAD), np.zeros(len(sequences)))
     decode, prefill = _attention(directory, layers)
-    tables = LayerTables(layers, grid, layers * linear + once, sequences, head, decode, prefill)
+    uneven = _uneven(directory, decode)
+    tables = LayerTables(layers, grid, layers * linear + once, sequences, head, decode, prefill, uneven)
     return to_profile(
         tables, name=name, gpu=gpu, model=model, tensor_parallel=tensor_parallel,
         source="imported from LLMServingSim's vLLM 0.19 profiles (kernels, host assumed)", licence="MIT (source)",
@@ -69,3 +74,24 @@ def _attention(directory: Path, layers: int) -> tuple[Floats, Floats]:
     if decode.sum() < 4 or prefill.sum() < 4:
         raise BadInputError(f"{directory} holds too few attention measurements.")
     return np.column_stack([n, kv, seconds])[decode], np.column_stack([chunk, before, seconds])[prefill]
+
+
+def _uneven(directory: Path, decode: Floats) -> Floats:
+    """Rows (requests, mean context, seconds, seconds if even). Of the skewed times only the ratios count."""
+    try:
+        file = find(directory, "skew")
+    except BadInputError:
+        return np.zeros((0, 4))
+    needed = ("regime", "n", "kv_big", "kv_mean", "t_mean_us", "t_skew_us")
+    rows = [r for r in read_csv(file, needed) if r["regime"] == "pure"]
+    n, longest, mean, even, skewed = (column(rows, name) for name in needed[1:])
+    usable = (
+        (longest > UNEVEN * mean) & (mean <= CONTEXT_MOST) & (even > 0) & np.isfinite(skewed) & np.isin(n, decode[:, 0])
+    )
+    found = []
+    for requests, each, ratio in np.column_stack([n, mean, skewed / even])[usable].tolist():
+        of_n = decode[decode[:, 0] == requests]
+        of_n = of_n[np.argsort(of_n[:, 1])]
+        even_s = float(np.interp(each, of_n[:, 1], of_n[:, 2]))
+        found.append((requests, each, ratio * even_s, even_s))
+    return np.array(found).reshape(-1, 4)

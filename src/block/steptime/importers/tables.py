@@ -49,7 +49,8 @@ OUTPUT_REQUEST_S = 20e-6
 
 class LayerTables(msgspec.Struct, frozen=True, eq=False):
     """Seconds of all layers together. ``decode``: rows (requests, context each, seconds); ``prefill``: rows (tokens, tokens
-    before, seconds).
+    before, seconds); ``uneven``, of batches whose contexts are as unlike as in traffic: rows (requests, mean context, seconds,
+    seconds if all were of the mean).
     """
 
     layers: int
@@ -59,6 +60,7 @@ class LayerTables(msgspec.Struct, frozen=True, eq=False):
     head_s: Floats
     decode: Floats
     prefill: Floats
+    uneven: Floats = np.zeros((0, 4))
 
 
 def clean(x: Floats, y: Floats) -> tuple[Floats, Floats]:
@@ -105,6 +107,7 @@ def to_profile(
     """The profile that a model's kernel tables imply."""
     n, each, seconds = tables.decode.T
     decode_s, request_s, kv_s = relative_nnls([np.ones(len(n)), n, n * each], seconds)
+    tile_s, tile_requests = _tile(tables.uneven)
     tokens, before, seconds = tables.prefill.T
     chunk_s, token_s, work_s = relative_nnls([np.ones(len(tokens)), tokens, tokens * (before + tokens / 2)], seconds)
     grid = np.array([t for t in TOKENS if t <= tables.tokens.max()], dtype=float)
@@ -126,6 +129,8 @@ def to_profile(
         attention_s=float(work_s),
         chunk_s=float(chunk_s) + head_slope,
         request_s=float(request_s) + head_slope,
+        tile_s=tile_s,
+        tile_requests=tile_requests,
         launch_decode_s=LAUNCH_DECODE_S,
         launch_graph_s=LAUNCH_GRAPH_LAYER_S * tables.layers,
         launch_eager_s=LAUNCH_EAGER_LAYER_S * tables.layers,
@@ -135,6 +140,17 @@ def to_profile(
         output_s=OUTPUT_S,
         output_request_s=OUTPUT_REQUEST_S,
     )
+
+
+def _tile(uneven: Floats) -> tuple[float, float]:
+    """``tile_s`` and ``tile_requests`` that make up best for the longer contexts of uneven batches, by least relative error."""
+    n, each, seconds, even_s = uneven.T
+    found = []
+    for requests in np.unique(n):
+        share, late = each * np.minimum(n / requests, 1) / even_s, seconds / even_s - 1
+        tile_s = max(float(share @ late / (share @ share)), 0.0)
+        found.append((float(((late - tile_s * share) ** 2).sum()), tile_s, float(requests)))
+    return min(found)[1:] if found else (0.0, 1.0)
 
 
 def _knots(x: Floats, y: Floats) -> list[tuple[float, float]]:
