@@ -21,14 +21,6 @@ def rises(x: Floats, knots: Floats) -> Floats:
     )
 
 
-def hinges(x: Floats, knots: Floats) -> Floats:
-    """Columns whose non-negative combinations are the convex non-decreasing piecewise-linear functions with these knots.
-
-    Shape (len(x), len(knots)): a constant, then how far ``x`` is beyond each knot but the last.
-    """
-    return np.column_stack([np.ones(len(x)), *(np.maximum(x - low, 0) for low in knots[:-1])])
-
-
 def bends(knots: Floats, columns: int, strength: float) -> Floats:
     """Penalty rows that pull the slopes of neighbouring segments (columns 1 ... of ``rises``) together.
 
