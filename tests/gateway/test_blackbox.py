@@ -221,7 +221,7 @@ class Seen:
 
 
 def box_of(limits: EngineLimits = LIMITS) -> BlackBox:
-    evidence = Evidence(E0, Expectations(make_estimator("constant")), stale_after_s=2.0, unseen_after_s=5.0)
+    evidence = Evidence(E0, Expectations(make_estimator("constant")), stale_after_s=60.0, unseen_after_s=5.0)
     return BlackBox(evidence, PROFILE, limits, url=None)
 
 

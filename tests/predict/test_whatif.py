@@ -212,3 +212,26 @@ def test_what_requests_share_is_read_once_and_held_once() -> None:
     assert mirror.engine is not None
     mirror.engine.advance(FOREVER)
     assert mirror.engine.load() == (0, 0, 0, limits.blocks_usable)
+
+
+def test_a_prefix_that_running_requests_hold_takes_no_memory_again() -> None:
+    limits = EngineLimits(enable_prefix_caching=True, num_gpu_blocks=260)
+    common = [("system prompt", block) for block in range(120)]
+    engine = Engine(limits, curve())
+    for i in range(4):
+        engine.add(Sequence(i, 2000, 200, block_keys=common), 0.2 * i)
+    engine.advance(1.0)
+    snapshot = decode(Recorder(engine).capture(1.0))
+    assert snapshot.kv_blocks_free < 120
+    mirror = Mirror(engine.curve)
+    mirror.load(snapshot, snapshot.requests[MAX_TOKENS])
+    asked = {"prompt_tokens": 2000, "max_tokens": 50, "output_tokens": 50, "now_s": 1.0}
+    alike, unlike = (
+        Oracle().predict_all([mirror], hits=np.array([hit], np.int32), **asked)[0] for hit in (16 * 120, 0)
+    )
+    sequence = Sequence(-1, 2000, 50, block_keys=common)
+    engine.add(sequence, 1.0)
+    while sequence.status != FINISHED:
+        engine.advance(engine.next_event_s())
+    assert alike.ttft_s == pytest.approx(sequence.first_token_s - 1.0, rel=0.02)
+    assert unlike.ttft_s > 3 * alike.ttft_s

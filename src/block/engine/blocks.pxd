@@ -6,6 +6,8 @@ cdef class PrefixPool:
     cdef list references
     cdef list key_of
     cdef public dict blocks_of
+    cdef public long long queried_tokens
+    cdef public long long hit_tokens
 
     cpdef list find(self, Sequence seq, long long most)
     cpdef long long unreferenced(self, list blocks)

@@ -16,6 +16,7 @@ class PrefixPool:
 
     A freed block that is findable goes to the tail of the free list, any other to its head; allocation takes the
     head and forgets its content. Blocks of equal content stay apart; the first one is the one that is found.
+    ``queried_tokens`` and ``hit_tokens`` count the prompts admitted so far and what of them was found.
     """
 
     def __init__(self, num_blocks):
@@ -23,6 +24,7 @@ class PrefixPool:
         self.references = [0] * num_blocks
         self.key_of = [None] * num_blocks
         self.blocks_of = {}
+        self.queried_tokens = self.hit_tokens = 0
 
     @cython.ccall
     def find(self, seq: Sequence, most: cython.longlong) -> list:

@@ -609,6 +609,8 @@ class FastEngine(EngineStore):
             self.cache.fit(self.free)
             if self.looked_row != r or self.looked_version != self.cache.version:
                 self._look(r)
+        elif self.rows[r, HIT] > 0:
+            self.rows[r, HELD] = self._borrowed(self.rows[r, HIT] // self.block_size)
         tokens: cython.int = min(self.rows[r, PROMPT] + self.rows[r, DONE] - self.rows[r, HIT], self.cap)
         taken: cython.int = self.watermark if self.running_n > 0 else 0
         if tokens > budget:

@@ -77,7 +77,7 @@ def restore(
     """Make ``engine`` (a FastEngine of the same limits) continue from a snapshot (see ``predict.snapshot``).
 
     ``requests``: (FIELDS, n) int32; ``totals``: (n,) int32 expected total output tokens; ``hits``: (n,) int32 prompt
-    tokens of waiting requests that are in the prefix cache; ``arrived``: (n,) float64; ``batches`` in flight 0-2; times in
+    tokens that each found in the prefix cache, or will; ``arrived``: (n,) float64; ``batches`` in flight 0-2; times in
     seconds; ``heat``: of the finished steps, at ``taken_s`` (see ``curve``).
     """
     n = requests.shape[1]
@@ -120,8 +120,8 @@ def _restore(engine, requests, totals, hits, arrived, running, batches, batch_1_
     for i in range(n):
         _restore_row(engine, i, requests, totals[i], i < running, batches)
         engine.times[i, ARRIVED] = arrived[i]
+        engine.rows[i, HIT] = max(0, min(hits[i], engine.rows[i, PROMPT] - 1))
         if i >= running and engine.rows[i, STATE] != DONE_STATE:
-            engine.rows[i, HIT] = max(0, min(hits[i], engine.rows[i, PROMPT] - 1))
             engine.waiting_tokens += engine.rows[i, PROMPT]
             engine._queue(i)
     if _has_work(engine):

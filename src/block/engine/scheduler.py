@@ -341,13 +341,15 @@ class Scheduler:
         need: cython.longlong = max(self._blocks_for(min(upto, self._model_len)) - hits, 0)
         if need + taken > free:
             return False
+        seq.blocks = hits
         if self.pool is not None:
             self.pool.touch(hit)
             seq.block_ids = list(hit)
             seq.cached_blocks = hits
-        seq.blocks = hits
-        if seq.preemptions == 0:
-            seq.hit_tokens = hits * self._block_size
+            if seq.preemptions == 0:
+                seq.hit_tokens = hits * self._block_size
+                self.pool.queried_tokens += seq.prompt
+                self.pool.hit_tokens += seq.hit_tokens
         self._take(seq, need)
         if self.pool is not None:
             self._enter_full_blocks(seq, upto)

@@ -85,6 +85,7 @@ cdef class EngineStore:
     cdef void _heap_push(self, int key, int r) noexcept
     cdef void _heap_pop(self) noexcept
     cdef void _heap_rebuild(self) noexcept
+    cdef int _borrowed(self, long long blocks) noexcept
     cdef int _new_row(self) noexcept
     cdef void _take_limits(self, EngineStore other) noexcept
     cdef void _copy(self, EngineStore other) noexcept

@@ -330,6 +330,19 @@ class EngineStore:
             if self.rows[r, STATE] == DECODE and self.rows[r, KEY] == self.heap_key[i]:
                 self._heap_push(self.heap_key[i], r)
 
+    def _borrowed(self, blocks):
+        """How many of the ``blocks`` that a request finds in the prefix cache are held by running ones: as many as of theirs."""
+        i: cython.int
+        r: cython.int
+        found: cython.longlong = 0
+        if self.held == 0:
+            return 0
+        for i in range(self.order_n):
+            r = self.order[i]
+            if self._runs(r):
+                found += self.rows[r, HIT] // self.block_size
+        return blocks if found <= self.held else blocks * self.held // found
+
     # ---- reading a row
 
     def _done(self, r):

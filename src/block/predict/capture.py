@@ -23,6 +23,8 @@ from block.predict.snapshot import (
     FIELDS,
     FLAGS,
     HEADER,
+    PREFIX,
+    PREFIX_TOLD,
     SAMPLES_1,
     SAMPLES_2,
     STEP,
@@ -31,7 +33,8 @@ from block.predict.snapshot import (
 
 WAITING_MAX = 256  # waiting requests described one by one; those beyond are a count and a token sum
 _STEP = struct.Struct("<ddiqidi")
-assert _STEP.size == STEP.itemsize
+_PREFIX = struct.Struct("<qqii")
+assert (_STEP.size, _PREFIX.size) == (STEP.itemsize, PREFIX.itemsize)
 
 
 class Recorder:
@@ -45,6 +48,7 @@ class Recorder:
         self._waiting_max = waiting_max
         self._header = header_of(engine.limits)
         self._header["epoch"] = epoch
+        self._header["flags"] |= PREFIX_TOLD * engine.limits.enable_prefix_caching
         self._sequence = 0
         self._steps: deque[bytes] = deque(maxlen=STEPS_KEPT)
         self._steps_packed = 0
@@ -79,6 +83,9 @@ class Recorder:
         ]
         if cached_blocks is not None:
             parts.append(cached_blocks.tobytes())
+        if (pool := scheduler.pool) is not None:
+            parts.append(_PREFIX.pack(pool.queried_tokens, pool.hit_tokens, len(pool.blocks_of), 0))
+            parts.append(struct.pack(f"<{count}i", *[s.hit_tokens if s.scheduled_s >= 0 else -1 for s in sequences]))
         return b"".join(parts)
 
     def _fill_header(self, running: int, waiting: int, now_s: float, wall_offset_s: float) -> None:
@@ -148,7 +155,8 @@ def size_max(limits: EngineLimits, cached_blocks: bool = False, waiting_max: int
     """Bytes that a snapshot of an engine with these limits has at most."""
     requests = limits.max_num_seqs + waiting_max
     blocks = limits.num_gpu_blocks if cached_blocks else 0
-    return HEADER.itemsize + requests * (4 * FIELDS + 16) + STEPS_KEPT * STEP.itemsize + 8 * blocks
+    hits = PREFIX.itemsize + 4 * requests if limits.enable_prefix_caching else 0
+    return HEADER.itemsize + requests * (4 * FIELDS + 16) + STEPS_KEPT * STEP.itemsize + 8 * blocks + hits
 
 
 def cached_keys(engine: Engine) -> npt.NDArray[np.uint64] | None:

@@ -48,7 +48,8 @@ class Mirror:
         """Become the state of ``snapshot``.
 
         ``totals``: (n,) expected total output tokens of its requests, each above what it has output (others are
-        raised to that); ``hits``: (n,) prompt tokens that waiting requests will find in the prefix cache.
+        raised to that); ``hits``: (n,) prompt tokens that waiting requests will find in the prefix cache (the
+        snapshot itself may tell what running ones found).
         """
         header = snapshot.header
         requests = np.array(snapshot.requests, np.int32)
@@ -61,6 +62,8 @@ class Mirror:
         count = requests.shape[1]
         if hits is None or len(hits) < count:
             hits = _NO_HITS[:count] if count <= len(_NO_HITS) else np.zeros(count, np.int32)
+        if snapshot.prefix is not None:
+            hits = np.concatenate((np.maximum(snapshot.prefix.hits[: snapshot.running], 0), hits[snapshot.running :]))
         if self.engine is None or self._limits != snapshot.limits:
             self.engine = FastEngine(snapshot.limits, self.curve, capacity=max(64, 2 * count))
             self._limits = snapshot.limits
