@@ -19,6 +19,7 @@ Times are wall-clock seconds, as in snapshots; ages of frames are measured on th
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from block.core import InstanceId, Load, Request
 from block.engine.limits import EngineLimits
@@ -173,7 +174,7 @@ class Evidence:
             curve = profile.curve(self._scale, snapshot.limits)
             self._mirror, self._limits = Mirror(curve, profile.input_s, profile.output_s), snapshot.limits
         if not self._loaded:
-            self._mirror.load(snapshot, self._totals.of(snapshot, self.model, now_s))
+            self._mirror.load(snapshot, self._totals.of(snapshot, self.model, now_s), self._hits(snapshot))
             self._mirror.output_s = profile.output_s + profile.output_request_s * (snapshot.running + 1)
             self._loaded = True
             for unseen in self._unseen.values():
@@ -197,6 +198,17 @@ class Evidence:
         )  # fmt: skip
 
     # Inside
+
+    def _hits(self, snapshot: EngineSnapshot) -> npt.NDArray[np.int32] | None:
+        """Prompt tokens that waiting requests will find in the prefix cache, of those that this gateway sent; ``None``: none."""
+        if not snapshot.waiting or not snapshot.limits.enable_prefix_caching:
+            return None
+        sent, running = self._sent, snapshot.running
+        hits = np.zeros(running + snapshot.waiting, np.int32)
+        for i, key in enumerate(snapshot.keys[running:].tolist(), running):
+            if key in sent:
+                hits[i] = sent[key].hit_tokens
+        return hits
 
     def _pace(self) -> float | None:
         """Prompt tokens per second of full steps, by its step times."""
