@@ -115,10 +115,14 @@ def _table(records: Sequence[Record], encoder: TextEncoder | None) -> Table:
     kept = [r for r in records if r.has_prompt]
     if len(records) >= RECORDS_MIN and not kept:
         raise BadInputError(
-            "The records hold no prompts to learn from: log them with `block serve --log-prompts features`."
+            "The records hold no prompts to learn from: log them with `block serve --log-prompts features`, or name their field "
+            "prompt or messages."
         )
     if len(kept) < RECORDS_MIN:
-        raise BadInputError(f"Too few records to train on: {len(kept)}, and at least {RECORDS_MIN} are needed.")
+        raise BadInputError(
+            f"Too few records to train on: {len(kept)}, and at least {RECORDS_MIN} are needed. Until there are, serve the "
+            "shipped model (`--length-estimator learned`), which what finishes corrects."
+        )
     table = tabulate(kept, encoder)
     if len(np.unique(table.fold)) < FOLDS:
         raise BadInputError(f"The records are of too few different prompts to train on: at least {FOLDS} are needed.")
