@@ -11,7 +11,8 @@ Order of work, every step seeing only out-of-fold scores of the one before (fold
 
 How much of each part is believed follows from how surely the records speak for it and a prior (`belief`). The priors of
 the base and of what records teach are in line with what other prompts of public sets bore out
-(experiments/length_transfer.py); the other three are guesses, which some dozen prompts outweigh.
+(experiments/length_transfer.py), that of asked lengths too (experiments/length_pull.py); the other two are guesses, which
+some dozen prompts outweigh.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BASE_PRIOR = Prior(1.0, 0.6)
 """How much of what a base tells of an unknown served model holds for other records."""
 
-PULL_PRIOR = Prior(0.6, 0.3)
+PULL_PRIOR = Prior(0.35, 0.15)
 """How much of the way from its usual length to an asked one a model goes."""
 
 SLOPE_PRIOR = Prior(1.0, 0.25)
