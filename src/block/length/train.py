@@ -58,6 +58,7 @@ _ALIKE, _ALIKE_MODELS = (
     5.0,
     2.0,
 )  # a level of 5 records is worth half, where not more than 2 models tell how much they differ
+_WIDTH_PROMPTS = 6.0  # that tell the width as surely as a base does: between public sets its logarithm varies by 0.4
 _WIDTH_RECORDS = 30.0  # of a served model that are worth as much as all others' width
 
 
@@ -132,9 +133,10 @@ def _table(records: Sequence[Record], encoder: TextEncoder | None) -> Table:
 
 class _Start(NamedTuple):
     """Levels and spreads of the served models, (models,), and what the base tells of each record, (n,): its effect above
-    or below ``center``, worth ``weight``, and its log-scale. Of the base all is 0 without one."""
+    or below ``center``, worth ``weight``, and its log-scale, of which ``width`` is one typical deviation. Without a base
+    the width is ``None`` and the rest of it 0."""
 
-    based: bool
+    width: float | None
     offset: Floats
     spread: Floats
     told: Floats
@@ -148,7 +150,7 @@ def _start(table: Table, base: LengthModel | None) -> _Start:
     """Levels of what the base does not explain."""
     if base is None:
         none = np.zeros(len(table.log_tokens))
-        return _Start(False, *levels(table.log_tokens, table.model), none, none, 0.0, 0.0, PULL_PRIOR)
+        return _Start(None, *levels(table.log_tokens, table.model), none, none, 0.0, 0.0, PULL_PRIOR)
     pull = Prior(base.pull_weight, PULL_PRIOR.width)
     told, told_scale = base.effects(table.dense, table.words)
     center = float(np.median(told))
@@ -158,7 +160,7 @@ def _start(table: Table, base: LengthModel | None) -> _Start:
         offset, spread = levels(table.log_tokens - weight * told, table.model)
         target = table.log_tokens - offset[table.model] - pull.mean * asked_pull(table.dense, offset[table.model])
         weight = seen(target, told, table.prompt).believed(BASE_PRIOR, most=_BASE_MOST)
-    return _Start(True, offset, spread, told, told_scale, weight, center, pull)
+    return _Start(base.unknown.width, offset, spread, told, told_scale, weight, center, pull)
 
 
 class _Located(NamedTuple):
@@ -232,12 +234,15 @@ def _spread(table: Table, start: _Start, located: _Located, residual: Floats, ro
     boost = Boost(max(rounds // 4, 20), threads, 2 * leaf_rows(table), "l2")
     wide = boost.out_of_fold(columns, size, table.fold)
     base_weight = (
-        _scale_weight(table, residual, np.zeros(len(size)), start.told_scale, SCALE_PRIOR) if start.based else 0.0
+        _scale_weight(table, residual, np.zeros(len(size)), start.told_scale, SCALE_PRIOR)
+        if start.width is not None
+        else 0.0
     )
     told_scale = base_weight * start.told_scale
     weight = _scale_weight(table, residual, told_scale, wide, _own_prior(table))
     scale = np.exp(weight * wide + told_scale)
-    return _Spread(scale, _widths(table, residual, scale), (columns, size), boost, weight, base_weight)
+    prior = None if start.width is None else float(np.median(start.width * np.exp(start.told_scale) / scale))
+    return _Spread(scale, _widths(table, residual, scale, prior), (columns, size), boost, weight, base_weight)
 
 
 def _own_prior(table: Table) -> Prior:
@@ -305,9 +310,12 @@ def _slopes(table: Table, target: Floats, effect: Floats) -> Floats:
     return slope
 
 
-def _widths(table: Table, residual: Floats, told: Floats) -> Floats:
-    """How much wider than told each model's residuals lie, shrunk towards those of all."""
+def _widths(table: Table, residual: Floats, told: Floats, prior: float | None) -> Floats:
+    """How much wider than told each model's residuals lie, shrunk towards those of all, and these towards the ``prior``."""
     shared = float(np.median(np.abs(residual) / told))
+    if prior is not None:
+        kept = table.prompts / (table.prompts + _WIDTH_PROMPTS)
+        shared = max(shared, 1e-3) ** kept * prior ** (1 - kept)
     width = np.full(len(table.models), shared)
     for m in range(len(table.models)):
         own = table.model == m
