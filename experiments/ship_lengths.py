@@ -34,7 +34,8 @@ UNNAMED = {"halueval-general": "chatgpt", SHAREGPT: "chatgpt"}
 
 SOURCES = (
     "lm-sys/arena-hard-auto (Apache-2.0), RUCAIBox/HaluEval (MIT), teknium1/GPTeacher (MIT), "
-    "Open-Assistant/oasst-model-eval (Apache-2.0), the cleaned split of ShareGPT (conversations published as RyokoAI/ShareGPT52K, CC0-1.0)"
+    "Open-Assistant/oasst-model-eval (Apache-2.0), the cleaned split of ShareGPT (conversations published as "
+    "RyokoAI/ShareGPT52K, CC0-1.0)"
 )
 
 
