@@ -1,9 +1,10 @@
 """What a model of other prompts is worth on a set that it never saw: as it is, corrected in service, as a base to train from.
 
-Run: python experiments/length_transfer.py --sets FOLDER [--only NAME ...] [--records 50 200 1000] [--seeds 3] [--bases FOLDER]
+Run: python experiments/length_transfer.py --sets FOLDER --sharegpt FILE [--only NAME ...] [--records 50 200 1000] [--seeds 3]
+     [--bases FOLDER] [--whole]
 
-For every public set a base is trained on all other sets (prompts that occur in both left out), as `ship_lengths.py` trains
-the shipped model on all. Then, on at most `TESTED` records of other prompts than those learned from:
+For every public set a base is trained on ShareGPT and all other sets (prompts that occur in both left out), as
+`ship_lengths.py` trains the shipped model on all. Then, on at most `TESTED` records of other prompts than those learned from:
 
 as it is     the base, which does not know the served model's level
 corrected    the base after it served the N records, as a gateway does
@@ -34,7 +35,7 @@ from block.length.scores import TELLERS, Told, cross_validate, score, tell_corre
 from block.length.sets import read_records
 from block.length.tabulate import tabulate
 from block.length.train import fit
-from ship_lengths import trained, training_records
+from ship_lengths import sharegpt_records, trained, training_records
 
 TESTED = 2000
 HEAD = ("set", "records", "estimator", "mae", "mae_vs_mean", "mae_vs_median", "pinball_vs_constant", "coverage", "rank")
@@ -108,7 +109,7 @@ def base_without(name: str, every: Sequence[Record], folder: Path | None) -> Len
     if file is not None and file.exists():
         return load_model(file)
     known = {record.key for record in every if record.dataset == name}
-    base = trained([r for r in training_records(every) if r.dataset != name and r.key not in known])
+    base = trained([r for r in training_records(every) if r.dataset != name and not {r.key, r.group} & known])
     if file is not None:
         base.save(file)
     return base
@@ -121,6 +122,7 @@ def _true(records: Sequence[Record]) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=Path, required=True)
+    parser.add_argument("--sharegpt", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--records", nargs="*", type=int, default=[50, 200, 1000])
     parser.add_argument("--seeds", type=int, default=3)
@@ -128,8 +130,9 @@ def main() -> None:
     parser.add_argument("--bases", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    every = read_records([options.sets])
-    for name in options.only or sorted({record.dataset for record in every}):
+    sets = read_records([options.sets])
+    every = sets + sharegpt_records(options.sharegpt)
+    for name in options.only or sorted({record.dataset for record in sets}):
         own = [record for record in every if record.dataset == name]
         base = base_without(name, every, options.bases)
         with (options.out / f"length-transfer-{name}.csv").open("w", newline="") as file:

@@ -119,6 +119,18 @@ def test_a_folder_of_sets_is_read_whole(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a b"}], "output_tokens": 5},
          [("Hi", 5)]),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "a b"}]}, [("Hi", 3)]),
+        ({"input": "Go", "output": "gone"}, [("Go", 1)]),
+        ({"question": "Who?", "context": "Ann sang.", "answer": "Ann"}, [("Who?\nAnn sang.", 1)]),
+        ({"inputs": "Go", "targets": "gone"}, [("Go", 1)]),
+        ({"prompt": "Go", "output_tokens": "12"}, [("Go", 12)]),
+        ({"data": ["Hi", "a b", "More", "c"]}, [("Hi", 3), ("\x1euser\x1fHi\x1eassistant\x1fa b\x1euser\x1fMore", 1)]),
+        ({"request": {"messages": [{"role": "user", "content": "Hi"}]}, "response": {"usage": {"completion_tokens": 9}}},
+         [("Hi", 9)]),
+        ({"request": {"prompt": "Hi"}, "response": {"choices": [{"message": {"content": "a b"}}]}}, [("Hi", 3)]),
+        ({"body": {"prompt": "Hi"}, "response": {"body": {"usage": {"completion_tokens": 9}}}}, [("Hi", 9)]),
+        ({"conversation_a": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}],
+          "conversation_b": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a b"}]},
+         [("Hi", 1), ("Hi", 3)]),
         ({"prompt": "Go", "output": ""}, []),
         ({"prompt": "Go", "output_tokens": 0}, []),
         ({"prompt": "Go", "output_tokens": None}, []),
@@ -139,6 +151,36 @@ def test_every_answer_of_a_conversation_is_a_record_and_none_is_split_from_the_o
     assert first.group == second.group
 
 
+def test_two_models_side_by_side_are_told_apart() -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}]
+    row = {"conversation_a": turns, "conversation_b": turns, "model_a": "x", "model_b": "y"}
+    assert [r.model for r in records_of(row, "set")] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.csv", 'prompt,response,model\n"Go, now",one two,m\nStay,one,m\n'),
+        ("rows.tsv", "\ufeffprompt\toutput_tokens\tmodel\nGo, now\t3\tm\nStay\t1\tm\n"),
+        ("rows.json", '{"prompt": ["Go, now", "Stay"], "response": ["one two", "one"], "model": ["m", "m"]}'),
+        ("rows.json", '{"data": [{"prompt": "Go, now", "response": "one two"}, {"prompt": "Stay", "response": "one"}]}'),
+        ("rows.json", '{"a": [{"prompt": "Go, now", "response": "one two"}],\n"b": [{"prompt": "Stay", "response": "one"}]}'),
+    ],
+)  # fmt: skip
+def test_tables_columns_and_rows_in_a_field_are_rows(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    found = [(r.text, r.output_tokens, r.model) for r in read_records([tmp_path / name], model="m")]
+    assert found == [("Go, now", 3, "m"), ("Stay", 1, "m")]
+
+
+def test_a_file_without_records_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=r"found: text, label"):
+        read_records([write_lines(tmp_path / "log.jsonl", [{"text": "a", "label": 1}])])
+    (tmp_path / "log.parquet").write_bytes(b"PAR1 and so on")
+    with pytest.raises(BadInputError, match=r"a Parquet file, which is not read: write its rows as JSON lines"):
+        read_records([tmp_path / "log.parquet"])
+
+
 @pytest.mark.parametrize("name", ["rows.json", "rows.json.gz", "rows.jsonl", "rows.jsonl.gz", "rows.log"])
 @pytest.mark.parametrize("as_lines", [True, False])
 def test_what_a_file_holds_is_told_by_its_content(tmp_path: Path, name: str, as_lines: bool) -> None:
@@ -157,7 +199,9 @@ def test_a_log_that_is_still_written_may_end_in_half_a_line(tmp_path: Path) -> N
     ("name", "content"),
     [
         ("log.jsonl.gz", gzip.compress(b'{"prompt": "Hi", "output_tokens": 3}' * 99, mtime=0)[:40]),
-        ("log.jsonl", b"\xff\xfe\x00"), ("log.csv", b"prompt,output_tokens\nHi,3\n"), ("log.jsonl", b"[[[[" * 5000),
+        ("log.jsonl", b"\xff\xfe\x00"), ("log.csv", b"a,b\n1,2\n"), ("log.csv", b"\xff\xfe\x00,"),
+        ("log.json", b'{"a": [{"b": 1}]}'), ("log.parquet", b"PAR1...PAR1"), ("log.jsonl", b'{"request": 3, "conversation_a": []}'),
+        ("log.jsonl", b"[[[[" * 5000),
         ("set.json", b'{"prompts": [{"results": 3}]}'), ("set.json", b'{"prompts": [1]}'), ("log.json", b"[1, 2]"),
         ("log.jsonl", b'{"conversations": [{"from": "human"}]}'), ("log.jsonl", b'{"output_tokens": 3, "features": 7}'),
     ],

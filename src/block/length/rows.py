@@ -1,8 +1,8 @@
 """One row of a log, or of a public set of prompts and answers -> records, whatever the fields are called.
 
 A row is known by its fields: a gateway's or an API's log, instructions with inputs (Alpaca, Dolly), questions with
-answers, conversations (ShareGPT, LMSYS), chat messages that end with the answer. Where a row does not count the
-answer's tokens, they follow from its text (`records.answer_tokens`).
+answers, conversations (ShareGPT, LMSYS, UltraChat), chat messages that end with the answer, requests with responses.
+Where a row does not count the answer's tokens, they follow from its text (`records.answer_tokens`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,12 +14,19 @@ from block.length.features import DENSE_NAMES, HASH_SIZE, Features
 from block.length.records import LAYOUT, Record, answer_tokens
 from block.length.text import content_text, request_text
 
-TOKENS = ("output_tokens", "completion_tokens", "output_len", "output_length", "Output Length")
-ANSWERS = ("response", "output", "completion", "answer", "chatgpt_response")
-PROMPTS = ("prompt", "question", "query", "user_query")
+TOKENS = (
+    "output_tokens", "completion_tokens", "output_len", "output_length", "Output Length", "num_output_tokens", "generated_tokens",
+)  # fmt: skip
+ANSWERS = ("response", "output", "completion", "answer", "chatgpt_response", "generated_text", "targets", "target")
+PROMPTS = ("instruction", "prompt", "question", "query", "user_query", "inputs")
 INPUTS = ("input", "context")
-TURNS = ("conversations", "conversation")
-MODELS = ("model", "model_id", "model_name")
+TURNS = ("conversations", "conversation", "data")
+MODELS = ("model", "model_id", "model_name", "generator")
+ROW = {*TOKENS, *ANSWERS, *PROMPTS, *TURNS[:2], "messages", "requests", "features"}
+"""A row has one of these; what has none may hold rows in a field."""
+
+ASKED = ("request", "body")
+PAIRED = ("_a", "_b")
 """Names under which a field is looked for, the first that is there counts."""
 
 _BEYOND_BELIEF = 10_000_000  # no answer has so many tokens: the field means something else
@@ -38,9 +45,17 @@ def records_of(row: Mapping[str, Any], dataset: str) -> Iterator[Record]:
             if isinstance(one, Mapping):
                 yield from records_of(one, dataset)
         return
+    if isinstance(row.get(f"{TURNS[1]}{PAIRED[0]}"), list):  # two models side by side
+        for side in PAIRED:
+            one = {TURNS[1]: row[f"{TURNS[1]}{side}"], MODELS[0]: row.get(f"{MODELS[0]}{side}")}
+            yield from records_of(one, dataset)
+        return
+    asked = _first(row, ASKED)
+    if isinstance(asked, Mapping):  # a request and its response
+        row = {**row, **asked}
     turns = _first(row, TURNS)
     if isinstance(turns, list):
-        yield from _conversation(row, [_message(turn) for turn in turns if isinstance(turn, Mapping)], dataset)
+        yield from _conversation(row, [_message(turn, place) for place, turn in enumerate(turns)], dataset)
         return
     body, answer = _asked(row)
     tokens = _tokens(row)
@@ -88,34 +103,43 @@ def _asked(row: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
             answer = last.get("content") if answer is None else answer
             messages = messages[:-1]
         return {"messages": messages}, _text_of(answer)
-    if isinstance(row.get("instruction"), str):
-        given = _first(row, INPUTS)
-        parts = (row["instruction"], given if isinstance(given, str) else "")
-        return {"prompt": "\n".join(part for part in parts if part)}, _text_of(answer)
+    given = _first(row, INPUTS)
+    if isinstance(given, str) and (prompt is None or isinstance(prompt, str)):
+        prompt = "\n".join(part for part in (prompt, given) if part)
     return {"prompt": prompt}, _text_of(answer)
 
 
 def _text_of(answer: Any) -> str | None:
-    """An answer's text: a string, one message, or a list of messages or of strings (the first)."""
+    """An answer's text: a string, a list of strings (the first), messages (the last), or an API's response."""
     if isinstance(answer, list) and answer:
-        answer = answer[0]
+        answer = answer[-1 if isinstance(answer[0], Mapping) and "role" in answer[0] else 0]
     if isinstance(answer, Mapping):
-        answer = answer.get("content", answer.get("text"))
+        choices = answer.get("choices")
+        if isinstance(choices, list) and choices and isinstance(choices[0], Mapping):
+            answer = choices[0].get("message") or choices[0]
+        answer = answer.get("content", answer.get("text")) if isinstance(answer, Mapping) else None
     return answer if isinstance(answer, str) else None
 
 
 def _tokens(row: Mapping[str, Any]) -> int | None:
     """The answer's counted tokens: a field, or an API's ``usage``."""
     told = _first(row, TOKENS)
-    for holder in (row, row.get("response")):
+    answered = row.get("response")
+    inner = answered.get("body") if isinstance(answered, Mapping) else None
+    for holder in (row, answered, inner):
         if told is None and isinstance(holder, Mapping) and isinstance(holder.get("usage"), Mapping):
             told = _first(holder["usage"], TOKENS)
+    if isinstance(told, str) and told.strip().isdecimal():  # a table knows no numbers
+        told = int(told)
     if isinstance(told, bool) or not isinstance(told, int | float) or not 1 <= told <= _BEYOND_BELIEF:
         return None
     return int(told)
 
 
-def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
+def _message(turn: Any, place: int) -> dict[str, Any]:
+    """A turn of a conversation; bare strings are said by turns, the user's first."""
+    if not isinstance(turn, Mapping):
+        return {"role": "assistant" if place % 2 else "user", "content": turn if isinstance(turn, str) else ""}
     role = str(turn.get("role", turn.get("from", "user")))
     return {"role": _ROLES.get(role, role), "content": turn.get("content", turn.get("value", ""))}
 

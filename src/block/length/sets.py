@@ -1,11 +1,13 @@
-"""Reads logs and public sets of prompts and answers: JSONL, JSON, both gzipped, archives and folders of them.
+"""Reads logs and public sets of prompts and answers: JSONL, JSON, CSV, all perhaps gzipped, archives and folders of them.
 
 What a row means is told by its fields (`rows`). Two layouts are more than rows: FastChat's arena folders (questions
 and the answers of several models) and sampling reports (prompts with outputs under several settings). Lengths are
 tokens where the set counts them, words times 1.3 otherwise. Fixed ``max_tokens`` of the sampling are kept.
 """
 
+import csv
 import gzip
+import io
 import json
 import tarfile
 import zlib
@@ -17,10 +19,19 @@ import msgspec
 
 from block.errors import BadInputError
 from block.length.records import Record, answer_tokens
-from block.length.rows import records_of
+from block.length.rows import ROW, records_of
 from block.length.text import request_text
 
-_KNOWN = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".tar.gz", ".tgz", ".tar")
+_TABLES = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
+_KNOWN = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".tar.gz", ".tgz", ".tar", *_TABLES)
+_UNREAD = {
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"(\xb5/\xfd": "a Zstandard file",
+    b"PK\x03\x04": "a zip file",
+}
+"""What other files begin with."""
+
 _REMEDY = "a row needs output_tokens or the answer's text, and prompt or messages"
 
 
@@ -39,7 +50,9 @@ def read_records(paths: Iterable[Path], *, model: str = "") -> list[Record]:
             record if record.model else msgspec.structs.replace(record, model=model) for record in _read(path)
         )
         if len(records) == before:
-            raise BadInputError(f"{path} has no record: {_REMEDY}.")
+            names = _field_names(path)
+            found = f" (found: {', '.join(names)})" if names else ""
+            raise BadInputError(f"{path} has no record: {_REMEDY}{found}.")
     return records
 
 
@@ -56,34 +69,83 @@ def _read(path: Path) -> Iterator[Record]:
         elif path.name.endswith((".tar.gz", ".tgz", ".tar")):
             yield from _archive(path)
         else:
-            yield from _rows(path.read_bytes(), str(path), path.name.split(".")[0])
+            raw = path.read_bytes()
+            kind = next((kind for start, kind in _UNREAD.items() if raw.startswith(start)), None)
+            if kind is not None:
+                raise BadInputError(
+                    f"{path} is {kind}, which is not read: write its rows as JSON lines (pandas: "
+                    'frame.to_json("rows.jsonl", orient="records", lines=True)).'
+                )
+            separator = next((_TABLES[end] for end in _TABLES if path.name.endswith(end)), None)
+            if separator is not None:
+                yield from _table(_unzipped(raw), separator, str(path), path.name.split(".")[0])
+            else:
+                yield from _rows(raw, str(path), path.name.split(".")[0])
     except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise BadInputError(f"{path} cannot be read as prompts and answers: {error!r}.") from error
 
 
+def _table(text: bytes, separator: str, where: str, dataset: str) -> Iterator[Record]:
+    """Records of a table with a row of names on top."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
+    try:
+        for number, row in enumerate(csv.DictReader(io.StringIO(text.decode("utf-8-sig")), delimiter=separator), 2):
+            yield from _of_row({name: cell for name, cell in row.items() if cell}, f"{where}, row {number}", dataset)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise BadInputError(f"{where} is not a table that can be read: {error}.") from error
+
+
 def _rows(raw: bytes, where: str, dataset: str) -> Iterator[Record]:
-    """Records of a JSON document (rows, or a sampling report) or of JSON lines."""
+    """Records of a JSON document (rows, columns, rows in a field, or a sampling report) or of JSON lines."""
     text = _unzipped(raw)
-    if text.lstrip()[:1] == b"[" or b"\n" not in text.strip():
-        document = _decoded(text)
-        if isinstance(document, list):
-            for number, row in enumerate(document, 1):
-                yield from _of_row(row, f"{where}, row {number}", dataset)
-            return
-        if isinstance(document, Mapping) and isinstance(document.get("prompts"), list):
-            yield from _sampling_report(document, dataset)
-            return
-    yield from _lines(text, where, dataset)
+    document = _document(text)
+    if isinstance(document, Mapping) and isinstance(document.get("prompts"), list):
+        yield from _sampling_report(document, dataset)
+    elif document is None or (isinstance(document, Mapping) and _rows_of(document) == [document]):
+        yield from _lines(text, where, dataset)
+    else:
+        for number, row in enumerate(_rows_of(document), 1):
+            yield from _of_row(row, f"{where}, row {number}", dataset)
+
+
+def _document(text: bytes) -> Any:
+    """The file as one JSON document; ``None`` if it is JSON lines, or nothing known."""
+    first = next((line for line in text.split(b"\n") if line.strip()), b"")
+    whole = text.lstrip()[:1] == b"[" or first.strip() == text.strip() or _decoded(first) is None
+    return _decoded(text) if whole else None
+
+
+def _rows_of(document: Any) -> list[Any]:
+    """The rows of a document: itself a list of them, one row, columns of one length, or with rows in its fields."""
+    if not isinstance(document, Mapping):
+        return document if isinstance(document, list) else [document]
+    lists = [field for field in document.values() if isinstance(field, list)]
+    of_rows = [field for field in lists if all(isinstance(one, Mapping) for one in field)]
+    if len(document) == len(lists) > 1 and not of_rows and len(set(map(len, lists))) == 1:
+        return [dict(zip(document, row, strict=True)) for row in zip(*lists, strict=True)]
+    inside = [] if ROW & document.keys() else [row for field in of_rows for row in field]
+    return inside or [document]
+
+
+def _field_names(path: Path) -> list[str]:
+    """Names of the fields of a file's first row, to tell a user what was found; none where that cannot be told."""
+    if path.is_dir() or path.suffix in (".tar", ".tgz") or path.name.endswith(".tar.gz"):
+        return []
+    text = _unzipped(path.read_bytes())
+    first = text.strip().split(b"\n")[0]
+    separator = next((_TABLES[end] for end in _TABLES if path.name.endswith(end)), None)
+    if separator is not None:
+        return first.decode("utf-8", "replace").split(separator)[:20]
+    document = _document(text)
+    rows = [_decoded(first)] if document is None else _rows_of(document)
+    return [str(name) for name in rows[0]][:20] if rows and isinstance(rows[0], Mapping) else []
 
 
 def _lines(text: bytes, where: str, dataset: str) -> Iterator[Record]:
-    """One row a line. The last may be unfinished: a log that is still written, or whose writer was stopped."""
+    """One row a line, or one in all. The last line may be unfinished: a log still written, or whose writer was stopped."""
     lines = [(number, line) for number, line in enumerate(text.split(b"\n"), 1) if line.strip()]
-    if lines and _decoded(lines[0][1]) is None:  # no lines: a document over several of them, or nothing known
-        document = _decoded(text)
-        if isinstance(document, Mapping) and isinstance(document.get("prompts"), list):
-            yield from _sampling_report(document, dataset)
-            return
+    if len(lines) > 1 and _decoded(lines[0][1]) is None and _decoded(text) is not None:
+        lines = [(lines[0][0], text)]
     for number, line in lines:
         try:
             row = msgspec.json.decode(line)

@@ -11,7 +11,7 @@ Order of work, every step seeing only out-of-fold scores of the one before (fold
 
 How much of each part is believed follows from how surely the records speak for it and a prior (`belief`). The priors of
 the base and of what records teach are in line with what other prompts of public sets bore out
-(experiments/length_transfer.py); the other three are guesses, which some dozen prompts outweigh.
+(experiments/length_transfer.py), that of asked lengths too (experiments/length_pull.py).
 """
 
 from collections.abc import Sequence
@@ -35,11 +35,11 @@ MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BASE_PRIOR = Prior(1.0, 0.6)
 """How much of what a base tells of an unknown served model holds for other records."""
 
-PULL_PRIOR = Prior(0.6, 0.3)
+PULL_PRIOR = Prior(0.35, 0.15)
 """How much of the way from its usual length to an asked one a model goes."""
 
-SLOPE_PRIOR = Prior(1.0, 0.25)
-"""How strongly one served model follows what is told for all."""
+SLOPE_PRIOR = Prior(1.0, 0.15)
+"""How strongly one served model follows what is told for all: those of the public sets vary by 0.19, errors included."""
 
 SCALE_PRIOR = Prior(1.0, 0.5)
 """How much of a base's log-scale holds for other records."""
@@ -57,6 +57,7 @@ _ALIKE, _ALIKE_MODELS = (
     5.0,
     2.0,
 )  # a level of 5 records is worth half, where not more than 2 models tell how much they differ
+_WIDTH_PROMPTS = 6.0  # that tell the width as surely as a base does: between public sets its logarithm varies by 0.4
 _WIDTH_RECORDS = 30.0  # of a served model that are worth as much as all others' width
 
 
@@ -115,10 +116,14 @@ def _table(records: Sequence[Record], encoder: TextEncoder | None) -> Table:
     kept = [r for r in records if r.has_prompt]
     if len(records) >= RECORDS_MIN and not kept:
         raise BadInputError(
-            "The records hold no prompts to learn from: log them with `block serve --log-prompts features`."
+            "The records hold no prompts to learn from: log them with `block serve --log-prompts features`, or name their field "
+            "prompt or messages."
         )
     if len(kept) < RECORDS_MIN:
-        raise BadInputError(f"Too few records to train on: {len(kept)}, and at least {RECORDS_MIN} are needed.")
+        raise BadInputError(
+            f"Too few records to train on: {len(kept)}, and at least {RECORDS_MIN} are needed. Until there are, serve the "
+            "shipped model (`--length-estimator learned`), which what finishes corrects."
+        )
     table = tabulate(kept, encoder)
     if len(np.unique(table.fold)) < FOLDS:
         raise BadInputError(f"The records are of too few different prompts to train on: at least {FOLDS} are needed.")
@@ -127,9 +132,10 @@ def _table(records: Sequence[Record], encoder: TextEncoder | None) -> Table:
 
 class _Start(NamedTuple):
     """Levels and spreads of the served models, (models,), and what the base tells of each record, (n,): its effect above
-    or below ``center``, worth ``weight``, and its log-scale. Of the base all is 0 without one."""
+    or below ``center``, worth ``weight``, and its log-scale, of which ``width`` is one typical deviation. Without a base
+    the width is ``None`` and the rest of it 0."""
 
-    based: bool
+    width: float | None
     offset: Floats
     spread: Floats
     told: Floats
@@ -143,7 +149,7 @@ def _start(table: Table, base: LengthModel | None) -> _Start:
     """Levels of what the base does not explain."""
     if base is None:
         none = np.zeros(len(table.log_tokens))
-        return _Start(False, *levels(table.log_tokens, table.model), none, none, 0.0, 0.0, PULL_PRIOR)
+        return _Start(None, *levels(table.log_tokens, table.model), none, none, 0.0, 0.0, PULL_PRIOR)
     pull = Prior(base.pull_weight, PULL_PRIOR.width)
     told, told_scale = base.effects(table.dense, table.words)
     center = float(np.median(told))
@@ -153,7 +159,7 @@ def _start(table: Table, base: LengthModel | None) -> _Start:
         offset, spread = levels(table.log_tokens - weight * told, table.model)
         target = table.log_tokens - offset[table.model] - pull.mean * asked_pull(table.dense, offset[table.model])
         weight = seen(target, told, table.prompt).believed(BASE_PRIOR, most=_BASE_MOST)
-    return _Start(True, offset, spread, told, told_scale, weight, center, pull)
+    return _Start(base.unknown.width, offset, spread, told, told_scale, weight, center, pull)
 
 
 class _Located(NamedTuple):
@@ -227,12 +233,15 @@ def _spread(table: Table, start: _Start, located: _Located, residual: Floats, ro
     boost = Boost(max(rounds // 4, 20), threads, 2 * leaf_rows(table), "l2")
     wide = boost.out_of_fold(columns, size, table.fold)
     base_weight = (
-        _scale_weight(table, residual, np.zeros(len(size)), start.told_scale, SCALE_PRIOR) if start.based else 0.0
+        _scale_weight(table, residual, np.zeros(len(size)), start.told_scale, SCALE_PRIOR)
+        if start.width is not None
+        else 0.0
     )
     told_scale = base_weight * start.told_scale
     weight = _scale_weight(table, residual, told_scale, wide, _own_prior(table))
     scale = np.exp(weight * wide + told_scale)
-    return _Spread(scale, _widths(table, residual, scale), (columns, size), boost, weight, base_weight)
+    prior = None if start.width is None else float(np.median(start.width * np.exp(start.told_scale) / scale))
+    return _Spread(scale, _widths(table, residual, scale, prior), (columns, size), boost, weight, base_weight)
 
 
 def _own_prior(table: Table) -> Prior:
@@ -300,9 +309,12 @@ def _slopes(table: Table, target: Floats, effect: Floats) -> Floats:
     return slope
 
 
-def _widths(table: Table, residual: Floats, told: Floats) -> Floats:
-    """How much wider than told each model's residuals lie, shrunk towards those of all."""
+def _widths(table: Table, residual: Floats, told: Floats, prior: float | None) -> Floats:
+    """How much wider than told each model's residuals lie, shrunk towards those of all, and these towards the ``prior``."""
     shared = float(np.median(np.abs(residual) / told))
+    if prior is not None:
+        kept = table.prompts / (table.prompts + _WIDTH_PROMPTS)
+        shared = max(shared, 1e-3) ** kept * prior ** (1 - kept)
     width = np.full(len(table.models), shared)
     for m in range(len(table.models)):
         own = table.model == m
