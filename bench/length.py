@@ -23,15 +23,15 @@ from pathlib import Path
 import numpy as np
 
 from block.core import Request
-from block.length.features import features_of
+from block.length.data.records import Record
+from block.length.data.sets import read_records
+from block.length.evaluation.report import report
+from block.length.evaluation.scores import QUANTILES, TELLERS, Teller, Told, cross_validate
+from block.length.learn.model import load_model
+from block.length.learn.tabulate import tabulate
+from block.length.learn.train import fit, levels
 from block.length.learned import SHIPPED, LearnedEstimator
-from block.length.model import load_model
-from block.length.records import Record
-from block.length.report import report
-from block.length.scores import QUANTILES, TELLERS, Teller, Told, cross_validate
-from block.length.sets import read_records
-from block.length.tabulate import tabulate
-from block.length.train import fit, levels
+from block.length.prompt.features import features_of
 
 SEED = 1
 
@@ -113,7 +113,7 @@ def trees_cost() -> dict[str, float]:
     """The same shape of model, one row at a time: numpy over flat arrays, and LightGBM's Booster.predict."""
     import lightgbm
 
-    from block.length.trees import from_lightgbm
+    from block.length.learn.trees import from_lightgbm
 
     rng = np.random.default_rng(SEED)
     x = rng.standard_normal((4000, 60)).astype(np.float32)

@@ -21,13 +21,13 @@ import numpy as np
 
 from block.core import Prediction, Request
 from block.length import shapes
+from block.length.data.records import Record
 from block.length.distribution import FUNCTIONALS, DistributionBank, Estimate, Floats, Ints
+from block.length.evaluation.scores import Told
 from block.length.grid import EDGES, TOKENS_MAX
-from block.length.records import Record
-from block.length.scores import Told
+from block.length.learn.tabulate import fold_of
+from block.length.learn.train import fit
 from block.length.simple import Estimator
-from block.length.tabulate import fold_of
-from block.length.train import fit
 from block.metrics import Summary, summarize
 from block.simulate import SimulationConfig, simulate
 from block.simulate import cluster as cluster_module

@@ -2,7 +2,7 @@
 
 Run: python experiments/length_pull.py --sets FOLDER --sharegpt FILE
 
-Of every set the weight that its records speak for, with its standard error over prompts (`block.length.belief`); then
+Of every set the weight that its records speak for, with its standard error over prompts (`block.length.learn.belief`); then
 mean and standard deviation between sets, by maximum likelihood of a normal distribution around them, of all sets and
 leaving each one out. Sets with fewer than `ASKED_MIN` records that ask for a length tell nothing.
 """
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from block.length.belief import Seen, seen
-from block.length.model import asked_pull
-from block.length.records import Record
-from block.length.sets import read_records
-from block.length.tabulate import tabulate
-from block.length.train import levels
+from block.length.data.records import Record
+from block.length.data.sets import read_records
+from block.length.learn.belief import Seen, seen
+from block.length.learn.model import asked_pull
+from block.length.learn.tabulate import tabulate
+from block.length.learn.train import levels
 from ship_lengths import sharegpt_records
 
 ASKED_MIN = 20

@@ -14,7 +14,7 @@ from base    a model trained on the N records from the base
 With --whole, last, five folds of all records, alone and from the base. --bases keeps the bases, which take minutes each.
 
 Beside the scores: how much of the base and of what the records taught a training believed, and how much of it the
-other prompts then bore out, from which the priors of `block.length.train` come.
+other prompts then bore out, from which the priors of `block.length.learn.train` come.
 
 Gains are against constants of the N records: MAE against the median and the mean, pinball against the 10, 50 and 90 % quantiles.
 """
@@ -28,13 +28,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from block.length.belief import seen
-from block.length.model import LengthModel, asked_pull, load_model
-from block.length.records import Record
-from block.length.scores import TELLERS, Told, cross_validate, score, tell_corrected, tell_learned
-from block.length.sets import read_records
-from block.length.tabulate import tabulate
-from block.length.train import fit
+from block.length.data.records import Record
+from block.length.data.sets import read_records
+from block.length.evaluation.scores import TELLERS, Told, cross_validate, score, tell_corrected, tell_learned
+from block.length.learn.belief import seen
+from block.length.learn.model import LengthModel, asked_pull, load_model
+from block.length.learn.tabulate import tabulate
+from block.length.learn.train import fit
 from ship_lengths import sharegpt_records, trained, training_records
 
 TESTED = 2000

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from block.length.encoder import load_encoder
-from block.length.features import SEEN_CHARS, WORD
-from block.length.meaning import DIMENSIONS
-from block.length.sets import read_records
+from block.length.data.sets import read_records
+from block.length.learn.encoder import load_encoder
+from block.length.prompt.features import SEEN_CHARS, WORD
+from block.length.prompt.meaning import DIMENSIONS
 
 SOURCE = "words of all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0)"
 _BATCH = 512

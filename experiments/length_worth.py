@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from block.length.sets import read_records
+from block.length.data.sets import read_records
 from block.simulate import SimulationConfig, load_config
 from block.simulate.capacity import find_capacity, parse_criterion
 from block.simulate.sweep import varied

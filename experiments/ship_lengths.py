@@ -18,11 +18,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from block.length.model import LengthModel
-from block.length.records import Record
-from block.length.rows import records_of
-from block.length.sets import read_records
-from block.length.train import fit
+from block.length.data.records import Record
+from block.length.data.rows import records_of
+from block.length.data.sets import read_records
+from block.length.learn.model import LengthModel
+from block.length.learn.train import fit
 
 LEFT_OUT = {"8min_up_and_down"}
 HOLDS = 0.5

@@ -10,7 +10,7 @@ import pytest
 from block.errors import BadInputError, ConfigError
 from block.gateway.records.metrics import Metrics
 from block.gateway.records.requestlog import RequestLog
-from block.length.sets import read_records
+from block.length.data.sets import read_records
 from gateway.conftest import Client, Start, until
 from gateway.fakes import FakeEngine, Heard, answer, encoded
 
@@ -80,7 +80,7 @@ async def test_an_estimator_trained_on_the_log_knows_an_essay_from_a_word(
     start: Start, tmp_path: Path, prompts: str
 ) -> None:
     pytest.importorskip("lightgbm", reason="training needs LightGBM: pip install 'block-llm[length]'")
-    from block.length.train import fit
+    from block.length.learn.train import fit
 
     path, engine = tmp_path / "requests.jsonl", FakeEngine(essays_are_long)
     client = await start(engine, policy="least-outstanding", log_requests=str(path), log_prompts=prompts)
@@ -162,7 +162,7 @@ def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 
 def test_rows_without_prompts_are_read_but_say_that_there_is_nothing_to_learn(tmp_path: Path) -> None:
     pytest.importorskip("lightgbm", reason="training needs LightGBM: pip install 'block-llm[length]'")
-    from block.length.train import fit
+    from block.length.learn.train import fit
 
     path = tmp_path / "requests.jsonl"
     path.write_text("\n".join(json.dumps({"model": "m", "output_tokens": n + 1}) for n in range(100)))

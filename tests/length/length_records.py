@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from block.length.records import Record
+from block.length.data.records import Record
 
 KINDS = {"Explain": 300, "Name": 15, "Translate": 40, "Write an essay about": 700, "Sum up": 80}
 TOPICS = [

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from block.length.belief import Prior, Seen, seen
+from block.length.learn.belief import Prior, Seen, seen
 
 PRIOR = Prior(0.5, 0.3)
 

@@ -9,16 +9,24 @@ from length_records import KINDS, made_up
 
 from block.core import Request
 from block.errors import BadInputError
-from block.length.features import features_of
+from block.length.evaluation.report import report
+from block.length.evaluation.scores import (
+    TELLERS,
+    cross_validate,
+    hindsight,
+    noise_floor,
+    score,
+    tell_corrected,
+    tell_learned,
+)
+from block.length.learn.model import LengthModel, load_model
 from block.length.learned import LearnedEstimator
-from block.length.model import LengthModel, load_model
-from block.length.report import report
-from block.length.scores import TELLERS, cross_validate, hindsight, noise_floor, score, tell_corrected, tell_learned
+from block.length.prompt.features import features_of
 from block.length.table import make_estimator
 
 pytest.importorskip("lightgbm", reason="training needs LightGBM: pip install 'block-llm[length]'")
-from block.length.tabulate import fold_of, tabulate
-from block.length.train import fit
+from block.length.learn.tabulate import fold_of, tabulate
+from block.length.learn.train import fit
 
 FACTORS = {"short": 0.5, "long": 2.0}
 

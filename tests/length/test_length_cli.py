@@ -11,7 +11,7 @@ from block.cli.length import command
 from block.errors import BadInputError, ConfigError
 
 pytest.importorskip("lightgbm", reason="training needs LightGBM: pip install 'block-llm[length]'")
-from block.length.train import fit
+from block.length.learn.train import fit
 
 
 def run(*arguments: str, text: str | None = None) -> Result:

@@ -39,7 +39,7 @@ def median(estimator: LearnedEstimator, text: str) -> float:
 def test_a_fine_tuned_encoder_tells_long_from_short_and_is_the_same_after_loading(
     weights: Path, tmp_path: Path
 ) -> None:
-    from block.length.transformer import fine_tune
+    from block.length.learn.transformer import fine_tune
 
     made = fine_tune(made_up(600), weights, epochs=6, learning_rate=3e-3, tokens_max=32)
     made.save(tmp_path / "tagger")
@@ -61,8 +61,8 @@ def test_a_damaged_regressor_is_one_sentence(tmp_path: Path) -> None:
 
 def test_embeddings_join_the_linear_part_and_travel_by_path(weights: Path, tmp_path: Path) -> None:
     pytest.importorskip("lightgbm", reason="training needs LightGBM: pip install 'block-llm[length]'")
-    from block.length.encoder import SentenceEncoder
-    from block.length.train import fit
+    from block.length.learn.encoder import SentenceEncoder
+    from block.length.learn.train import fit
 
     model = fit(made_up(300), encoder=SentenceEncoder(weights), rounds=20)
     assert model.vector_weight.shape == (32,)
@@ -73,7 +73,7 @@ def test_embeddings_join_the_linear_part_and_travel_by_path(weights: Path, tmp_p
 
 
 def test_a_folder_without_an_encoder_is_one_sentence(tmp_path: Path) -> None:
-    from block.length.encoder import SentenceEncoder
+    from block.length.learn.encoder import SentenceEncoder
 
     with pytest.raises(ConfigError, match="holds no encoder"):
         SentenceEncoder(tmp_path)

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from length_records import KINDS, made_up
 
+from block.length.data.records import Record
+from block.length.evaluation.scores import TELLERS, Score, cross_validate, score, tell_learned
+from block.length.learn.model import load_model
 from block.length.learned import SHIPPED
-from block.length.model import load_model
-from block.length.records import Record
-from block.length.scores import TELLERS, Score, cross_validate, score, tell_learned
-from block.length.text import ROLE_CLOSE, ROLE_OPEN
+from block.length.prompt.text import ROLE_CLOSE, ROLE_OPEN
 
 pytest.importorskip("lightgbm", reason="training needs LightGBM: pip install 'block-llm[length]'")
-from block.length.train import fit
+from block.length.learn.train import fit
 
 
 def scores(records: Sequence[Record], *, based: bool = False) -> tuple[Score, Score]:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from block.errors import BadInputError
-from block.length.features import DENSE_NAMES, features_of
-from block.length.records import features_row, prompt_key
-from block.length.rows import records_of
-from block.length.sets import read_records
-from block.length.text import split_chat
+from block.length.data.records import features_row, prompt_key
+from block.length.data.rows import records_of
+from block.length.data.sets import read_records
+from block.length.prompt.features import DENSE_NAMES, features_of
+from block.length.prompt.text import split_chat
 
 
 def write_lines(path: Path, rows: list[object]) -> Path:

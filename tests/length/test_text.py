@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from block.length.features import ABSENT, ASKED, DENSE_NAMES, HASH_SIZE, features_of
-from block.length.meaning import meaning_of
-from block.length.text import MESSAGE_CHARS_MAX, chat_text, content_text, prompt_text, request_text, split_chat
+from block.length.prompt.features import ABSENT, ASKED, DENSE_NAMES, HASH_SIZE, features_of
+from block.length.prompt.meaning import meaning_of
+from block.length.prompt.text import MESSAGE_CHARS_MAX, chat_text, content_text, prompt_text, request_text, split_chat
 
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.floats(allow_nan=True) | st.text(max_size=20),

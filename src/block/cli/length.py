@@ -8,8 +8,8 @@ import click
 
 if TYPE_CHECKING:
     from block.core import Request
-    from block.length.model import LengthModel, Placer, TextEncoder
-    from block.length.records import Record
+    from block.length.data.records import Record
+    from block.length.learn.model import LengthModel, Placer, TextEncoder
 
 _PATH = click.Path(path_type=Path)
 _SEEN_BY_CHANCE = 200  # one in so many may look seen: hashes of 32 bits, common prompts such as "hi"
@@ -59,8 +59,8 @@ def train(
     from rich.console import Console
 
     from block.errors import ConfigError
-    from block.length.sets import read_records
-    from block.length.train import fit
+    from block.length.data.sets import read_records
+    from block.length.learn.train import fit
 
     if encoder is not None and transformer is not None:
         raise ConfigError("Either --encoder or --transformer, not both.")
@@ -76,7 +76,7 @@ def train(
     click.echo(f"{len(records)} record{'s' * (len(records) != 1)}", err=True)
     started_s = time.perf_counter()
     if transformer is not None:
-        from block.length.transformer import fine_tune
+        from block.length.learn.transformer import fine_tune
 
         tuned = fine_tune(
             records, transformer, epochs=epochs, device=device, progress=lambda s: click.echo(s, err=True)
@@ -133,11 +133,11 @@ def evaluate(
     import msgspec
     from rich.console import Console
 
+    from block.length.data.sets import read_records
+    from block.length.evaluation.report import report, report_tables
+    from block.length.evaluation.scores import TELLERS, cross_validate, tell_corrected, tell_learned
+    from block.length.learn.train import fit
     from block.length.learned import load_placer
-    from block.length.report import report, report_tables
-    from block.length.scores import TELLERS, cross_validate, tell_corrected, tell_learned
-    from block.length.sets import read_records
-    from block.length.train import fit
 
     records = read_records(data, model=model)
     tellers = dict(TELLERS)
@@ -192,8 +192,8 @@ def predict(
     from rich.table import Table
 
     from block.errors import ConfigError
+    from block.length.evaluation.report import draw, estimate_json
     from block.length.learned import LearnedEstimator
-    from block.length.report import draw, estimate_json
 
     if picture is not None and (picture.suffix not in (".png", ".svg") or not picture.parent.is_dir()):
         raise ConfigError("Pictures are written as .png or .svg, into a folder that exists.")
@@ -220,7 +220,7 @@ def _asked(text: str, served: str, max_tokens: int | None) -> "Request":
     import json
 
     from block.core import Request
-    from block.length.text import request_text
+    from block.length.prompt.text import request_text
 
     body: dict[str, object] = {"prompt": text}
     if text.lstrip()[:2] in ("[{", '{"'):
@@ -245,7 +245,7 @@ def _asked(text: str, served: str, max_tokens: int | None) -> "Request":
 
 
 def _warn_of_unknown(placer: "Placer", served: str) -> None:
-    from block.length.model import LengthModel
+    from block.length.learn.model import LengthModel
 
     if served and isinstance(placer, LengthModel) and served not in placer.served:
         names = sorted(name for name in placer.served if name)
@@ -258,8 +258,8 @@ def _standard_input() -> str:
 
 
 def _base(name: str) -> "LengthModel | None":
+    from block.length.learn.model import load_model
     from block.length.learned import SHIPPED
-    from block.length.model import load_model
 
     return None if name == "none" else load_model(Path(name) if name else SHIPPED)
 
@@ -276,7 +276,7 @@ def _unseeing(base: "LengthModel | None", records: "list[Record]") -> "LengthMod
 def _unseen(records: "list[Record]", placer: "Placer", path: Path) -> "list[Record]":
     """The records whose prompts the model was not trained on, as far as it remembers."""
     from block.errors import BadInputError
-    from block.length.model import LengthModel
+    from block.length.learn.model import LengthModel
 
     seen = placer.has_seen([r.group for r in records]) if isinstance(placer, LengthModel) else [False] * len(records)
     kept = [record for record, known in zip(records, seen, strict=True) if not known]
@@ -290,7 +290,7 @@ def _unseen(records: "list[Record]", placer: "Placer", path: Path) -> "list[Reco
 def _enough(records: int, folds: int) -> None:
     """A sentence in the user's numbers, where all folds but one would be too few to train on."""
     from block.errors import BadInputError
-    from block.length.train import RECORDS_MIN
+    from block.length.learn.train import RECORDS_MIN
 
     needed = -(-RECORDS_MIN * folds // (folds - 1))
     if records < needed:
@@ -302,6 +302,6 @@ def _enough(records: int, folds: int) -> None:
 def _encoder(path: Path | None) -> "TextEncoder | None":
     if path is None:
         return None
-    from block.length.encoder import SentenceEncoder
+    from block.length.learn.encoder import SentenceEncoder
 
     return SentenceEncoder(path)

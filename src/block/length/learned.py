@@ -7,7 +7,7 @@ from pathlib import Path
 from block.core import Request
 from block.length.distribution import Estimate
 from block.length.grid import TOKENS_MAX
-from block.length.model import Place, Placer, load_model
+from block.length.learn.model import Place, Placer, load_model
 from block.length.simple import PENDING_MAX, Estimator, HistoryEstimator
 
 SHIPPED = Path(__file__).parent / "models" / "public-sets.npz"
@@ -53,7 +53,7 @@ def load_placer(path: Path) -> Placer:
         BadInputError, ConfigError: it cannot be used.
     """
     if path.is_dir():
-        from block.length.transformer import load_transformer
+        from block.length.learn.transformer import load_transformer
 
         return load_transformer(path)
     return load_model(path)

@@ -19,9 +19,9 @@ from block.core import Request
 from block.errors import ConfigError
 from block.gateway.exchange import Exchange
 from block.gateway.records.metrics import Metrics
-from block.length.features import features_of
-from block.length.records import features_row, prompt_key
-from block.length.text import request_text, split_chat
+from block.length.data.records import features_row, prompt_key
+from block.length.prompt.features import features_of
+from block.length.prompt.text import request_text, split_chat
 
 Prompts = Literal["off", "features", "full"]
 """What is kept of a prompt: nothing; counts and hashed words, from which no sentence can be read; its text."""

@@ -14,7 +14,7 @@ from block.core import Request
 from block.errors import ClientError
 from block.gateway.wire.headers import READ, client_of, priority_of, session_of, slo_of
 from block.gateway.wire.http1 import HttpRequest
-from block.length.text import chat_text
+from block.length.prompt.text import chat_text
 from block.policy.prefix import blocks_of
 
 IMAGE_TOKENS: Final = 1000

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from block.length.features import DENSE_NAMES, HASH_SIZE, Features
-from block.length.records import LAYOUT, Record, answer_tokens
-from block.length.text import content_text, request_text
+from block.length.data.records import LAYOUT, Record, answer_tokens
+from block.length.prompt.features import DENSE_NAMES, HASH_SIZE, Features
+from block.length.prompt.text import content_text, request_text
 
 TOKENS = (
     "output_tokens", "completion_tokens", "output_len", "output_length", "Output Length", "num_output_tokens", "generated_tokens",

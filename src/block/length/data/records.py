@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from block.length.features import DENSE_NAMES, HASH_SIZE, Features
+from block.length.prompt.features import DENSE_NAMES, HASH_SIZE, Features
 
 LAYOUT = zlib.crc32(" ".join(DENSE_NAMES).encode()) ^ HASH_SIZE
 """Tells the features of one version of Block from those of another."""

@@ -9,10 +9,10 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from block.length.data.records import Record
 from block.length.distribution import Estimate, Floats
+from block.length.evaluation.scores import Floor, Score, Told, groups, hindsight, noise_floor, score
 from block.length.grid import EDGES
-from block.length.records import Record
-from block.length.scores import Floor, Score, Told, groups, hindsight, noise_floor, score
 
 CONSTANT, CONSTANT_MEAN = "constant", "constant mean"
 

@@ -15,13 +15,13 @@ import msgspec
 import numpy as np
 
 from block.errors import BadInputError
+from block.length.data.records import Record
 from block.length.distribution import Floats
-from block.length.encoder import load_encoder, seen_text
-from block.length.family import Family, fit_family
-from block.length.model import Place, ServedModel
-from block.length.records import Record
-from block.length.tabulate import fold_of
-from block.length.train import RECORDS_MIN, levels, typical
+from block.length.learn.encoder import load_encoder, seen_text
+from block.length.learn.family import Family, fit_family
+from block.length.learn.model import Place, ServedModel
+from block.length.learn.tabulate import fold_of
+from block.length.learn.train import RECORDS_MIN, levels, typical
 
 FORMAT = "block-length-transformer"
 VERSION = 1

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 
 from block.errors import BadInputError, ConfigError
 from block.length.distribution import Floats
-from block.length.family import Family
-from block.length.features import ABSENT, ASKED, DENSE_NAMES, HASH_SIZE, Features, features_of
-from block.length.trees import Trees
+from block.length.learn.family import Family
+from block.length.learn.trees import Trees
+from block.length.prompt.features import ABSENT, ASKED, DENSE_NAMES, HASH_SIZE, Features, features_of
 
 FORMAT = "block-length"
 VERSION = 3
@@ -280,7 +280,7 @@ def _check_header(path: Path, header: dict[str, Any]) -> None:
 def _of_arrays(arrays: dict[str, NDArray[Any]], header: dict[str, Any], base: LengthModel | None) -> LengthModel:
     encoder: TextEncoder | None = None
     if header["encoder"] is not None:
-        from block.length.encoder import encoder_of
+        from block.length.learn.encoder import encoder_of
 
         encoder = encoder_of(header["encoder"])
     parts: dict[str, Any] = {name: arrays[name].astype(np.float32) for name in _FLOAT32}

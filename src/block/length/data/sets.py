@@ -18,9 +18,9 @@ from typing import Any
 import msgspec
 
 from block.errors import BadInputError
-from block.length.records import Record, answer_tokens
-from block.length.rows import ROW, records_of
-from block.length.text import request_text
+from block.length.data.records import Record, answer_tokens
+from block.length.data.rows import ROW, records_of
+from block.length.prompt.text import request_text
 
 _TABLES = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 _KNOWN = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".tar.gz", ".tgz", ".tar", *_TABLES)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from block.length import cues
-from block.length.meaning import DIMENSIONS, TABLE, meaning_of
-from block.length.text import clipped, split_chat
+from block.length.prompt import cues
+from block.length.prompt.meaning import DIMENSIONS, TABLE, meaning_of
+from block.length.prompt.text import clipped, split_chat
 
 SEEN_CHARS = 4096
 """Characters of the last message that are looked at: head and tail of a longer one."""

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from block.errors import ConfigError
-from block.length.features import SEEN_CHARS
-from block.length.model import Vector
-from block.length.text import clipped, split_chat
+from block.length.learn.model import Vector
+from block.length.prompt.features import SEEN_CHARS
+from block.length.prompt.text import clipped, split_chat
 
 TOKENS_MAX = 256
 _BATCH = 32

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from block.core import Request
 from block.errors import BadInputError
+from block.length.data.records import Record
 from block.length.distribution import DistributionBank, Floats
 from block.length.grid import TOKENS_MAX
+from block.length.learn.model import LengthModel, Place, Placer
+from block.length.learn.tabulate import fold_of
+from block.length.learn.train import fit
 from block.length.learned import LearnedEstimator
-from block.length.model import LengthModel, Place, Placer
-from block.length.records import Record
 from block.length.simple import HistoryEstimator
-from block.length.tabulate import fold_of
-from block.length.train import fit
 
 QUANTILES = (0.1, 0.5, 0.9)
 Told = NDArray[np.float64]

@@ -21,14 +21,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from block.errors import BadInputError
-from block.length.belief import SHARES, Prior, least, seen
-from block.length.boost import Boost, leaf_rows
+from block.length.data.records import Record
 from block.length.distribution import Floats
-from block.length.family import fit_family
-from block.length.model import LEVEL_RECORDS, LengthModel, ServedModel, TextEncoder, Vector, asked_pull, prompt_hashes
-from block.length.records import Record
-from block.length.ridge import WordsRidge
-from block.length.tabulate import FOLDS, Table, tabulate
+from block.length.learn.belief import SHARES, Prior, least, seen
+from block.length.learn.boost import Boost, leaf_rows
+from block.length.learn.family import fit_family
+from block.length.learn.model import (
+    LEVEL_RECORDS,
+    LengthModel,
+    ServedModel,
+    TextEncoder,
+    Vector,
+    asked_pull,
+    prompt_hashes,
+)
+from block.length.learn.ridge import WordsRidge
+from block.length.learn.tabulate import FOLDS, Table, tabulate
 
 RECORDS_MIN = 50
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -8,11 +8,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from block.length.data.records import Record, prompt_key
 from block.length.distribution import Floats
-from block.length.features import HASH_SIZE, Features, features_of
-from block.length.meaning import DIMENSIONS
-from block.length.model import TextEncoder, Vector
-from block.length.records import Record, prompt_key
+from block.length.learn.model import TextEncoder, Vector
+from block.length.prompt.features import HASH_SIZE, Features, features_of
+from block.length.prompt.meaning import DIMENSIONS
 
 FOLDS = 5
 

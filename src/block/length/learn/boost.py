@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from block.errors import ConfigError
 from block.length.distribution import Floats
-from block.length.tabulate import FOLDS, Table
-from block.length.trees import DEPTH_MAX, Trees, from_lightgbm
+from block.length.learn.tabulate import FOLDS, Table
+from block.length.learn.trees import DEPTH_MAX, Trees, from_lightgbm
 
 
 class Boost:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-SHIPPED = Path(__file__).parent / "models" / "words.npz"
+SHIPPED = Path(__file__).parents[1] / "models" / "words.npz"
 DIMENSIONS = 64
 TABLE = "minilm-1"
 """Names the table in the names of the features: another table, other features, other models."""

@@ -8,7 +8,7 @@ from scipy import sparse
 from scipy.sparse.linalg import lsqr
 
 from block.length.distribution import Floats
-from block.length.model import CLIP, Vector
+from block.length.learn.model import CLIP, Vector
 
 RIDGES = (0.12, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 32.0)
 _DENSE_SHARE = 0.08  # how much a dense feature, at one standard deviation, weighs against the whole bag of words

@@ -1,0 +1,1 @@
+"""Records to learn from, in whatever form they come."""

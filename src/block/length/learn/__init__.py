@@ -1,0 +1,1 @@
+"""The learned model: its parts, its training, its file."""
