@@ -49,7 +49,7 @@ class Replay:
     name = "replay"
 
     def __init__(
-        self, kinds: Sequence[Kind], slo: Slo | None = None, *, target: float = 0.998,
+        self, kinds: Sequence[Kind], slo: Slo | None = None, *, target: float = 0.99,
         margin: float = 0.0, recent_s: float = 3600.0, renew_s: float = 1800.0, beyond_s: float = 30.0,
         level_s: float = 60.0, base_s: float = 3600.0, past_s: float = 172_800.0, period_s: float = 86_400.0,
         spare: int = 0, zero: int = 0, idle_s: float = 900.0,
