@@ -114,7 +114,7 @@ class Forecaster:
         if count - course.period >= max(course.period // SEASON_PART, PAST_LEAST):
             later = moments[course.period :]
             seasoned = course.risen(later, leads)
-            if _wrong(came[:, later], seasoned) < _wrong(came[:, later], expected[:, later]):
+            if _wrong(came[-1, later], seasoned[-1]) < _wrong(came[-1, later], expected[-1, later]):
                 came, expected, by = came[:, later], seasoned, "season"
                 here = course.risen(np.array([now]), leads)[:, 0]
         rates, weights = _grown(came, expected, here)
