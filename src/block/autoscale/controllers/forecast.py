@@ -10,8 +10,8 @@ follow, short windows agree with everything and the hour remains.
 decided by a few bursts a day, and of moments that look like now too few came before one. Minutes count by the work in them,
 as a request is as likely to meet a busy minute as there are many in it.
 
-Where the window holds a good part of a period (a day) twice, the same is done relative to that rate times the rise one period before;
-the answer that was the less wrong (pinball loss) is believed.
+Where the window holds a good part of a period (a day) twice, the same is done relative to that rate times the rise one period
+before; the answer that was the less wrong (pinball loss) is believed.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ GROWN = 0.02
 
 class Forecast(NamedTuple):
     """Rates are in seconds of work a second. ``rates``: (n,) of minutes that may come, ``weights``: (n,) of each, adding up to 1.
-    ``level``: that of the last minute; ``base``: since it last changed; ``by``: "past", "season" or, too early for both, "level"."""
+    ``level``: that of the last minute; ``base``: since it last changed; ``by``: "past", "season" or, too early, "level"."""
 
     rates: Floats
     weights: Floats
@@ -58,7 +58,7 @@ class Forecast(NamedTuple):
 
 
 class Course(NamedTuple):
-    """(steps,) arrays that end now: the rate of work, its mean over a minute, and since it last changed; and the period in steps."""
+    """(steps,) arrays that end now: the rate of work, its mean over a minute and since it last changed; the period in steps."""
 
     rates: Floats
     level: Floats
