@@ -42,7 +42,8 @@ class Replay:
     """``target``: the fraction of requests that must be expected to meet the SLO, beside those that would miss it alone.
     ``margin``: the part of the capacity that is not used. ``recent_s``: what is replayed; ``renew_s``: how often capacities are
     found anew. ``beyond_s``: how long, after a cold start, the count must do; ``level_s``: rates are means over so long;
-    ``base_s``: the longest mean; ``past_s``: how far back is looked for how rates grew; ``period_s``: the season's length. ``spare``: instances added to the answer. ``zero`` 1: none after ``idle_s`` without a request.
+    ``base_s``: the longest mean; ``past_s``: how far back is looked for how rates grew; ``period_s``: the season's length.
+    ``spare``: instances added to the answer. ``zero`` 1: none after ``idle_s`` without a request.
     """
 
     name = "replay"
