@@ -1,7 +1,7 @@
 """How much work may come: the rate since it last changed, times how much it ever grew within such a time.
 
 *Where it stands.* A mean over an hour is steady but late, one over a minute is soon there but wanders. So at every moment the
-longest window that ends there is taken whose mean agrees with those of all shorter ones (Lepski's rule; ADWIN, Bifet and Gavalda
+longest window that ends there is taken whose mean agrees with those of all shorter ones (Lepski 1991; ADWIN, Bifet and Gavalda
 2007, does alike): after a jump that is the last half minute, in a quiet hour the hour. How far two means of the same
 traffic differ by chance is measured in the window's past, for every length: where requests come in bunches that nobody can
 follow, short windows agree with everything and the hour remains.
