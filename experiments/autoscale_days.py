@@ -30,7 +30,7 @@ SLOS = {"conv": Slo(ttft_s=3.0, tpot_s=0.15), "code": Slo(ttft_s=5.0), "both": S
 PEAKS_RPS = {"conv": 16.0, "code": 5.0, "both": 12.0}
 INTERVAL_S = 30.0
 STATIC = {"conv": (4, 5, 6, 7, 8, 9, 10, 11), "code": (4, 6, 8, 10, 12, 14, 16), "both": (5, 6, 7, 8, 9, 10, 12)}
-REPLAYS = ["replay", "replay:target=0.99", "replay:target=0.97"]
+REPLAYS = ["replay", "replay:target=0.998", "replay:target=0.97"]
 HPA_RPS = {"conv": (1.4, 1.7, 2.0, 2.3, 2.6), "code": (0.2, 0.3, 0.45, 0.7), "both": (0.8, 1.1, 1.4, 1.7, 2.0)}
 OTHERS = [
     *(f"hpa-kv:target={target}" for target in (0.1, 0.15, 0.25)),

@@ -14,7 +14,7 @@ import numpy as np
 from autoscale_report import HERE
 
 Curve = list[tuple[float, float]]
-FLOOR_PERCENT, DRAWN_COLD_S = 0.001, 120.0
+FLOOR_PERCENT, DRAWN_COLD_S, COLUMNS = 0.001, 120.0, 5
 COLORS = {
     "replay": "C3", "optimum": "black", "static": "C7", "hpa-rps": "C0", "hpa-kv": "C2", "hpa-queue": "C4", "relief": "C1",
     "preempt": "C5",
@@ -89,8 +89,11 @@ def main() -> None:
     for key in sorted(found):
         report(*key, found[key])
     panels = [key for key in sorted(found) if key[1] == DRAWN_COLD_S and "replay" in found[key]]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), squeeze=False)
-    for (workload, cold_s, seed), axis in zip(panels, axes[0], strict=True):
+    rows_of = -(-len(panels) // COLUMNS)
+    figure, axes = plt.subplots(rows_of, COLUMNS, figsize=(3.6 * COLUMNS, 3.2 * rows_of), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for (workload, cold_s, seed), axis in zip(panels, axes.flat, strict=False):
         for family, points in sorted(found[workload, cold_s, seed].items()):
             style = {"replay": "o-", "optimum": "*--", "static": "s:"}.get(family, ".-")
             axis.plot(
@@ -110,7 +113,7 @@ def main() -> None:
         axis.set_title(f"{workload}, cold start {cold_s:g} s, seed {seed}")
         axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(folder / "autoscale-days.png", dpi=90)
+    figure.savefig(folder / "autoscale-days.png", dpi=80)
 
 
 def report(workload: str, cold_s: float, seed: str, of: dict[str, Curve]) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from block.autoscale.controllers import controller_from
-from block.autoscale.controllers.forecast import Forecast, Forecaster, on_grid
+from block.autoscale.controllers.forecast import Forecast, Forecaster, moving_mean, on_grid, since_change
 from block.autoscale.controllers.mixes import cheapest
 from block.autoscale.controllers.window import thinned
 from block.autoscale.controllers.work import Work, work_on
@@ -201,6 +201,32 @@ def test_traffic_in_bunches_is_forecast_by_its_bunches_and_not_by_the_last_minut
     rps = np.where(np.random.default_rng(2).random(2000) < 0.1, 20.0, 1.0)
     for now in range(1980, 2000):
         assert told(rps[:now]).exceeded_by(0.05) > 9.0
+
+
+def test_a_jump_is_believed_at_once_and_a_wandering_minute_is_not() -> None:
+    come = np.random.default_rng(4).poisson(200.0, 1000).astype(float)
+    steady = since_change(come, 120)[200:]
+    assert np.std(steady) < 0.25 * np.std(moving_mean(come, 2)[200:])
+    jumped = since_change(np.concatenate((come, come[:2] + 200.0)), 120)
+    assert jumped[-2:] == pytest.approx(400.0, rel=0.1)
+
+
+def test_of_traffic_in_bunches_the_mean_over_the_longest_window_is_believed() -> None:
+    rng = np.random.default_rng(6)
+    come = np.where(rng.random(3000) < 0.05, rng.exponential(400.0, 3000), 0.0)
+    since, longest = since_change(come, 120)[240:], moving_mean(come, 120)[240:]
+    assert np.mean(since == longest) > 0.9
+
+
+def test_headroom_is_in_proportion_to_the_load() -> None:
+    rng = np.random.default_rng(8)
+    rps = np.full(2400, 6.0)
+    for start in range(70, 2400, 150):
+        rps[start : start + 10] = 10.0
+    rps *= rng.uniform(0.98, 1.02, 2400)
+    head = [told(rps[:2000] * scale).exceeded_by(0.01) / scale for scale in (1.0, 4.0)]
+    assert head[0] == pytest.approx(head[1], rel=0.05)
+    assert 9.0 < head[0] < 13.0, "the bursts that there were may come again"
 
 
 def test_a_season_that_the_window_holds_is_foreseen() -> None:

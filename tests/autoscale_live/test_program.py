@@ -160,9 +160,14 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 def test_a_configuration_is_checked_without_running(tmp_path: Path) -> None:
     file = tmp_path / "autoscale.toml"
-    file.write_text('controller = "static"\n[gateways]\nurls = ["http://127.0.0.1:9"]\n[actuator]\ntype = "local"\n')
+    text = 'controller = "static"\n[gateways]\nurls = ["http://127.0.0.1:9"]\n%s[actuator]\ntype = "local"\n'
+    file.write_text(text % 'admin_key = "k"\n')
     done = run(str(file), "--check-config")
     assert done.stdout == "The configuration is fine: static over default, actuator local.\n"
+    file.write_text(text % f'admin_key_file = "{tmp_path}/none"\n')
+    done = run(str(file), "--check-config")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "admin key file" in done.stderr
     file.write_text('[actuator]\ntype = "local"\nport = 1\n')
     done = run(str(file))
     assert done.returncode == 2
@@ -174,7 +179,7 @@ def test_another_controller_on_the_command_line_leaves_the_options_of_the_config
     file = tmp_path / "autoscale.toml"
     file.write_text(
         'controller = "replay"\noptions = { target = 0.99 }\n[gateways]\nurls = ["http://127.0.0.1:9"]\n'
-        '[actuator]\ntype = "metric"\n'
+        'admin_key = "k"\n[actuator]\ntype = "metric"\n'
     )
     done = run(str(file), "--check-config", "--controller", "relief:threshold_s=5")
     assert (done.returncode, done.stderr) == (0, "")

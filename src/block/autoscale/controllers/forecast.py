@@ -1,13 +1,17 @@
-"""How much work may come: what came next, whenever the past looked like now.
+"""How much work may come: the rate since it last changed, times how much it ever grew within such a time.
 
-The window answers by its own past (an analog forecast). Every past moment is described by how far its level (the mean rate of
-work over a minute) stood from its base (the mean over an hour), and by how restless that hour was; the ``NEAR`` moments most
-like now are taken, and the minutes that came after each, relative to its base, are what may come now. Nothing is assumed of
-the traffic: bursts that end, bunches that nobody can follow, and a quiet service are told apart by what they did. Minutes
-count by the work in them, as a request is as likely to meet a busy minute as there are many in it.
+*Where it stands.* A mean over an hour is steady but late, one over a minute is soon there but wanders. So at every moment the
+longest window that ends there is taken whose mean agrees with those of all shorter ones (Lepski 1991; ADWIN, Bifet and Gavalda
+2007, does alike): after a jump that is the last half minute, in a quiet hour the hour. How far two means of the same
+traffic differ by chance is measured in the window's past, for every length: where requests come in bunches that nobody can
+follow, short windows agree with everything and the hour remains.
 
-Where the window holds a period (a day), the same is done relative to the base times the rise one period before; the answer that was
-the less wrong for these moments (pinball loss) is believed.
+*What may follow.* How much more came, at every moment of the past, than the rate then: all moments alike, since what is missed is
+decided by a few bursts a day, and of moments that look like now too few came before one. Minutes count by the work in them,
+as a request is as likely to meet a busy minute as there are many in it.
+
+Where the window holds a good part of a period (a day) twice, the same is done relative to that rate times the rise one period
+before; the answer that was the less wrong (pinball loss) is believed.
 """
 
 from collections.abc import Sequence
@@ -23,22 +27,24 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 PAST_LEAST = 20
 """Past moments needed to answer by."""
-PAST_PART, NEAR = 7, 400
-"""Of the past moments one in so many is taken for alike, at most ``NEAR``."""
-CALMEST = 0.02
-"""Hours calmer than this (root mean square of level / base - 1) are equally calm."""
+SEASON_PART = 3
+"""Of a period one part in so many must lie one period back for the season to be asked."""
 ALLOWANCE = 1.25
 """Multiplies the level while there is no past to answer by."""
 EACH_PART = 0.25
 """What a request brings is a mean over this part of ``base_s``."""
+AGREE = 4.0
+"""Two means agree if they differ by no more than so many standard deviations."""
 RISE_MOST, SMOOTH = 20.0, 10
 JUDGED_PART = 0.05
 """Answers are compared by the rate above which this part of the work came."""
+GROWN = 0.02
+"""Growths are told apart in steps of so much (logarithm)."""
 
 
 class Forecast(NamedTuple):
     """Rates are in seconds of work a second. ``rates``: (n,) of minutes that may come, ``weights``: (n,) of each, adding up to 1.
-    ``level``: that of the last minute; ``base``: of the last hour; ``by``: "past", "season" or, too early for both, "level"."""
+    ``level``: that of the last minute; ``base``: since it last changed; ``by``: "past", "season" or, too early, "level"."""
 
     rates: Floats
     weights: Floats
@@ -51,9 +57,25 @@ class Forecast(NamedTuple):
         return exceeded_by(self.rates, self.weights, part)
 
 
+class Course(NamedTuple):
+    """(steps,) arrays that end now: the rate of work, its mean over a minute and since it last changed; the period in steps."""
+
+    rates: Floats
+    level: Floats
+    base: Floats
+    period: int
+
+    def risen(self, moments: Ints, leads: Ints) -> Floats:
+        """(leads, moments): the base times how the rate (over ``SMOOTH`` steps around) rose above it one period before."""
+        smooth = moving_mean(self.rates, SMOOTH)
+        then = moments - self.period
+        rise = smooth[np.minimum(then + leads[:, None] + SMOOTH // 2, len(smooth) - 1)] / self.base[then]
+        return np.asarray(self.base[moments] * np.clip(rise, 1 / RISE_MOST, RISE_MOST))
+
+
 class Forecaster:
-    """Makes forecasts from windows. ``level_s``: rates are means over so long; ``base_s``: and are told relative to a mean over
-    so long; ``period_s``: the season's length."""
+    """Makes forecasts from windows. ``level_s``: rates are means over so long; ``base_s``: the longest mean; ``period_s``: the
+    season's length."""
 
     def __init__(
         self, work: Work, *, level_s: float = 60.0, base_s: float = 3600.0, period_s: float = 86_400.0
@@ -61,22 +83,23 @@ class Forecaster:
         self._brought, self._base_s, self._period_s = Brought(work), base_s, period_s
         self.step_s = level_s / 2
 
-    def course(self, window: Sequence[Observation]) -> "Course":
+    def course(self, window: Sequence[Observation]) -> Course:
         """The window's work on an even grid that ends now, once for all questions of a decision."""
         at_s, requests, brought = self._brought.of(window)
         come, work = on_grid(at_s, requests, self.step_s), on_grid(at_s, brought, self.step_s)
         # How long requests are wanders about its mean from minute to minute, however many there are: a rush of short ones is one
         # of usual ones soon. So requests are counted by the minute, and what each brings is a mean over longer.
-        width = max(round(self._base_s * EACH_PART / self.step_s), 2)
-        rates = come * moving_mean(work, width) / np.maximum(moving_mean(come, width), 1e-9)
-        level, base = moving_mean(rates, 2), moving_mean(rates, max(round(self._base_s / self.step_s), 2))
-        base = np.maximum(base, 1e-9)
-        away = level / base
-        restless = np.sqrt(moving_mean((away - 1) ** 2, max(round(self._base_s / self.step_s), 2)))
-        period = round(self._period_s / self.step_s)
-        return Course(rates, level, base, np.log(np.maximum(away, 1e-3)), np.log(restless + CALMEST), period)
+        each = max(round(self._base_s * EACH_PART / self.step_s), 2)
+        usual_s = max(float(work.sum()) / max(float(come.sum()), 1e-9), 1e-9)
+        each_s = (moving_mean(work, each) + 1e-9 * usual_s) / (moving_mean(come, each) + 1e-9)
+        widest = max(round(self._base_s / self.step_s), 2)
+        since = since_change(come * self.step_s, widest) / self.step_s
+        # No less than a request in the longest window, so that growth is told relative to something.
+        base = np.maximum(since, 1 / self._base_s) * each_s
+        rates = come * each_s
+        return Course(rates, moving_mean(rates, 2), base, round(self._period_s / self.step_s))
 
-    def tell(self, course: "Course", from_s: float, to_s: float) -> Forecast:
+    def tell(self, course: Course, from_s: float, to_s: float) -> Forecast:
         """The minutes that may begin between ``from_s`` and ``to_s`` from now (0 <= from_s <= to_s)."""
         first, last = round(from_s / self.step_s), round(to_s / self.step_s)
         leads = np.arange(first, last + 1) + 2  # a mean over two steps is known at its end
@@ -84,44 +107,61 @@ class Forecaster:
         count = now + 1 - leads[-1]  # moments whose future is known
         if count < PAST_LEAST:
             return Forecast(np.array([level * ALLOWANCE]), np.ones(1), level, base, "level")
-        alike = course.alike(count)
-        flat = np.ones((1, len(leads)))
-        answers = {"past": (alike, course.base[alike][:, None] * flat, base * flat)}
-        if (seasoned := alike[alike >= course.period]).size >= PAST_LEAST:
-            answers["season"] = seasoned, course.risen(seasoned, leads), course.risen(np.array([now]), leads)
-        told: list[tuple[float, Floats, Floats, str]] = []
-        for by, (moments, answer, here) in answers.items():
-            actual = course.level[moments[:, None] + leads]
-            ratios = actual / answer
-            loss = _loss(actual, answer * exceeded_by(ratios, actual, JUDGED_PART), JUDGED_PART)
-            told.append((loss, (ratios * here).ravel(), actual.ravel(), by))
-        _, rates, weights, by = min(told, key=lambda one: one[0])
-        return Forecast(rates, weights / max(weights.sum(), 1e-12), level, base, by)
+        moments, here = np.arange(count), np.full(len(leads), base)
+        came = course.level[moments + leads[:, None]]
+        expected = np.broadcast_to(course.base[moments], came.shape)
+        by = "past"
+        if count - course.period >= max(course.period // SEASON_PART, PAST_LEAST):
+            later = moments[course.period :]
+            seasoned = course.risen(later, leads)
+            if _wrong(came[-1, later], seasoned[-1]) < _wrong(came[-1, later], expected[-1, later]):
+                came, expected, by = came[:, later], seasoned, "season"
+                here = course.risen(np.array([now]), leads)[:, 0]
+        rates, weights = _grown(came, expected, here)
+        return Forecast(rates, weights, level, base, by)
 
 
-class Course(NamedTuple):
-    """(steps,) arrays that end now: the rate of work, its mean over a minute and over an hour, how far the one is from the other
-    (logarithm), how restless the hour was (logarithm); and the period in steps."""
+def since_change(come: Floats, widest: int) -> Floats:
+    """(steps,) requests of each step -> at each step their mean over the longest window, up to ``widest`` steps, that ends there
+    and agrees with all shorter ones."""
+    widths = sorted({max(round(widest / 2**power), 1) for power in range(widest.bit_length() + 1)})
+    means = [moving_mean(come, width) for width in widths]
+    spread = [AGREE * np.sqrt(dispersion(mean, width)) for mean, width in zip(means, widths, strict=True)]
+    since, agree = means[0].copy(), np.ones(len(come), np.bool_)
+    for number in range(1, len(widths)):
+        chance = np.sqrt(means[number])
+        for shorter in range(number):
+            differ = spread[shorter] * (1 / widths[shorter] - 1 / widths[number]) ** 0.5
+            agree &= np.abs(means[number] - means[shorter]) <= differ * chance
+        since[agree] = means[number][agree]
+    return since
 
-    rates: Floats
-    level: Floats
-    base: Floats
-    away: Floats
-    restless: Floats
-    period: int
 
-    def alike(self, count: int) -> Ints:
-        """Of the first ``count`` moments those most like now, ascending."""
-        near = min(max(count // PAST_PART, PAST_LEAST), NEAR)
-        distance = np.abs(self.away[:count] - self.away[-1]) + np.abs(self.restless[:count] - self.restless[-1])
-        return np.sort(np.argpartition(distance, near - 1)[:near])
+def dispersion(mean: Floats, width: int) -> float:
+    """Variance of counts over ``width`` steps relative to that of a Poisson process, at least 1, from how neighbours differ.
 
-    def risen(self, moments: Ints, leads: Ints) -> Floats:
-        """(moments, leads): the base times how the rate (over ``SMOOTH`` steps around) rose above it one period before."""
-        smooth = moving_mean(self.rates, SMOOTH)
-        then = moments - self.period
-        rise = smooth[np.minimum(then[:, None] + leads + SMOOTH // 2, len(smooth) - 1)] / self.base[then][:, None]
-        return np.asarray(self.base[moments][:, None] * np.clip(rise, 1 / RISE_MOST, RISE_MOST))
+    ``mean``: (steps,) counts a step, each a mean over ``width``.
+    """
+    before, after = mean[width - 1 : -width], mean[2 * width - 1 :]
+    total = float((before + after).sum())
+    return max(width * float(((after - before) ** 2).sum()) / total, 1.0) if total > 0 else 1.0
+
+
+def _grown(came: Floats, expected: Floats, here: Floats) -> tuple[Floats, Floats]:
+    """(leads, moments) rates that came and were expected, (leads,) rates expected now -> rates that may come, their weights."""
+    powers = np.rint((np.log(np.maximum(came, 1e-9) / expected) + np.log(here)[:, None]) / GROWN).astype(np.int64)
+    lowest = int(powers.min())
+    weights = np.bincount((powers - lowest).ravel(), weights=came.ravel())
+    some = np.flatnonzero(weights)
+    if len(some) == 0:
+        return np.zeros(1), np.ones(1)
+    return np.exp(GROWN * (some + lowest)), weights[some] / weights.sum()
+
+
+def _wrong(came: Floats, expected: Floats) -> float:
+    """Pinball loss of saying by how much what is expected is exceeded in ``JUDGED_PART`` of the work."""
+    over = came - expected * exceeded_by(came / expected, came, JUDGED_PART)
+    return float(np.mean(np.maximum((1 - JUDGED_PART) * over, -JUDGED_PART * over)))
 
 
 def exceeded_by(ratios: Floats, weights: Floats, part: float) -> float:
@@ -130,12 +170,6 @@ def exceeded_by(ratios: Floats, weights: Floats, part: float) -> float:
     above = np.cumsum(weights.ravel()[order])
     place = int(np.searchsorted(above, part * above[-1], side="right"))
     return float(ratios.ravel()[order[min(place, len(order) - 1)]])
-
-
-def _loss(actual: Floats, said: Floats, part: float) -> float:
-    """Pinball loss of an answer that should be exceeded in this part of the cases."""
-    over = actual - said
-    return float(np.mean(np.maximum((1 - part) * over, -part * over)))
 
 
 def on_grid(at_s: Floats, brought: Floats, step_s: float) -> Floats:

@@ -6,8 +6,8 @@ Of every decision:
 1. *What do n instances miss?* The recent arrivals, with lengths and bunches as they were, are squeezed or stretched in time and
    served by the model of n instances: which fraction of them misses the SLO under every load. That is done for the few n (or
    mixes of kinds) that come into question, anew every ``renew_s`` seconds of the observations' clock (`capacity`).
-2. *What may come?* Minutes like those that came next whenever the past looked like now (`forecast`): for one more instance, from
-   the moment it would be ready; for one fewer, from now on until it could be had again.
+2. *What may come?* The rate since it last changed, grown as it ever grew within so long in the past (`forecast`): for one more
+   instance, from the moment it would be ready; for one fewer, from now on until it could be had again.
    Both together give the fraction of requests that each n is expected to miss, in minutes that go well and in those that do not.
 3. *Does something wait already?* Then the present state counts too: the recent arrivals are served on as many instances as
    were ready then, and from what is left queued the forecast goes on with candidates that are ready a cold start from now.
@@ -42,14 +42,14 @@ class Replay:
     """``target``: the fraction of requests that must be expected to meet the SLO, beside those that would miss it alone.
     ``margin``: the part of the capacity that is not used. ``recent_s``: what is replayed; ``renew_s``: how often capacities are
     found anew. ``beyond_s``: how long, after a cold start, the count must do; ``level_s``: rates are means over so long;
-    ``base_s``: told relative to a mean over so long; ``past_s``: how far back is looked for what came next; ``period_s``: the
-    season's length. ``spare``: instances added to the answer. ``zero`` 1: none after ``idle_s`` without a request.
+    ``base_s``: the longest mean; ``past_s``: how far back is looked for how rates grew; ``period_s``: the season's length.
+    ``spare``: instances added to the answer. ``zero`` 1: none after ``idle_s`` without a request.
     """
 
     name = "replay"
 
     def __init__(
-        self, kinds: Sequence[Kind], slo: Slo | None = None, *, target: float = 0.998,
+        self, kinds: Sequence[Kind], slo: Slo | None = None, *, target: float = 0.99,
         margin: float = 0.0, recent_s: float = 3600.0, renew_s: float = 1800.0, beyond_s: float = 30.0,
         level_s: float = 60.0, base_s: float = 3600.0, past_s: float = 172_800.0, period_s: float = 86_400.0,
         spare: int = 0, zero: int = 0, idle_s: float = 900.0,

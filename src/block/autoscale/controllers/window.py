@@ -26,7 +26,10 @@ def counts(seen: Observation, kinds: Sequence[Kind], *phases: Phase) -> dict[str
 def last(window: Sequence[Observation], span_s: float) -> list[Observation]:
     """The observations of the last ``span_s`` seconds, the newest always."""
     from_s = window[-1].at_s - span_s
-    return [seen for seen in window if seen.at_s > from_s] or [window[-1]]
+    first = len(window) - 1
+    while first > 0 and window[first - 1].at_s > from_s:
+        first -= 1
+    return list(window[first:])
 
 
 def thinned(seen: Observation) -> Observation:
