@@ -7,6 +7,7 @@ A run directory holds ``engine.json`` (GPU, model, limits) and, per stage, ``STA
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def read_rows(file: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
             rows = list(csv.DictReader(lines))
     except FileNotFoundError as error:
         raise BadInputError(f"There is no file {file}.") from error
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise BadInputError(f"{file} is not a gzip CSV file: {error}.") from error
     missing = [c for c in needed if not rows or c not in rows[0]]
     if missing:
