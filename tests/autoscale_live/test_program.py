@@ -56,6 +56,14 @@ GOOD: dict[str, Any] = {
         ({"guard": {"least": 9}, "kinds": [{"most": 4}]}, "guard.least is 9, but all kinds together have at most 4"),
         ({"interval_s": 0}, "interval_s must be above 0"),
         ({"name": "a b"}, "name must be letters"),
+        ({"interval_s": float("inf")}, "interval_s must be above 0 and finite"),
+        ({"port": 70_000}, "port must be 0 to 65535"),
+        ({"decisions_kept": 0}, "decisions_kept must be at least 1"),
+        ({"guard": {"settle_s": float("nan")}}, "must be finite"),
+        ({"kinds": [{"name": ""}]}, "each with a name"),
+        ({"kinds": [{"name": "a", "cold_start_s": float("inf")}]}, "both finite"),
+        ({"actuator": {"type": "exec", "command": [""]}}, "must name a program"),
+        ({"actuator": {"type": "exec", "command": ["a"], "timeout_s": float("inf")}}, "above 0 and finite"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -160,7 +168,9 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 def test_a_configuration_is_checked_without_running(tmp_path: Path) -> None:
     file = tmp_path / "autoscale.toml"
-    file.write_text('controller = "static"\n[gateways]\nurls = ["http://127.0.0.1:9"]\n[actuator]\ntype = "local"\n')
+    file.write_text(
+        'controller = "static"\n[gateways]\nurls = ["http://127.0.0.1:9"]\nadmin_key = "k"\n[actuator]\ntype = "local"\n'
+    )
     done = run(str(file), "--check-config")
     assert done.stdout == "The configuration is fine: static over default, actuator local.\n"
     file.write_text('[actuator]\ntype = "local"\nport = 1\n')
@@ -170,10 +180,27 @@ def test_a_configuration_is_checked_without_running(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [("", "admin key is missing"), ('admin_key = "a\\nb"', "one line"), ('admin_key_file = "EMPTY"', "is empty")],
+)
+def test_an_admin_key_that_cannot_be_used_is_said_by_the_check(
+    given: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BLOCK_ADMIN_KEY", raising=False)
+    (tmp_path / "empty").touch()
+    file = tmp_path / "autoscale.toml"
+    given = given.replace("EMPTY", str(tmp_path / "empty"))
+    file.write_text(f'[gateways]\nurls = ["http://127.0.0.1:9"]\n{given}\n[actuator]\ntype = "metric"\n')
+    done = run(str(file), "--check-config")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert words in done.stderr
+
+
 def test_another_controller_on_the_command_line_leaves_the_options_of_the_configured_one(tmp_path: Path) -> None:
     file = tmp_path / "autoscale.toml"
     file.write_text(
-        'controller = "replay"\noptions = { target = 0.99 }\n[gateways]\nurls = ["http://127.0.0.1:9"]\n'
+        'controller = "replay"\noptions = { target = 0.99 }\n[gateways]\nurls = ["http://127.0.0.1:9"]\nadmin_key = "k"\n'
         '[actuator]\ntype = "metric"\n'
     )
     done = run(str(file), "--check-config", "--controller", "relief:threshold_s=5")
@@ -189,6 +216,17 @@ def test_a_lock_that_cannot_be_is_said_at_the_start(tmp_path: Path) -> None:
     done = run(str(file), "--port", "0")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "The lock file" in done.stderr
+
+
+def test_a_file_for_the_gateways_that_cannot_be_is_said_at_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "autoscale.toml"
+    file.write_text(
+        f'[gateways]\nurls = ["http://127.0.0.1:9"]\nadmin_key = "k"\nregister = "file"\nfile = "{tmp_path}/none/a.toml"\n'
+        '[actuator]\ntype = "metric"\n'
+    )
+    done = run(str(file), "--port", "0")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "its folder must exist" in done.stderr
 
 
 # The operator's own command
@@ -331,6 +369,21 @@ async def test_members_can_be_told_by_a_file_that_the_gateways_watch(
     await membership.beat()
     assert read_instances(str(file), GatewayConfig()) == []
     assert not fake.instances
+
+
+async def test_a_file_that_cannot_be_written_is_said_once_and_tried_again(
+    session: Any, gateways: Any, tmp_path: Path, caplog: Any
+) -> None:
+    (fake,) = await gateways()
+    file = tmp_path / "folder" / "instances.toml"
+    membership = Membership([fake.gateway(session)], "file", file)
+    membership.welcome(InstanceConfig(url="http://127.0.0.1:1", name="a"))
+    for _ in range(3):
+        await membership.beat()
+    assert caplog.text.count("cannot be written: No such file or directory") == 1
+    file.parent.mkdir()
+    await membership.beat()
+    assert [one.id for one in read_instances(str(file), GatewayConfig())] == ["a"]
 
 
 async def test_a_gateway_that_never_answered_is_said_once(session: Any, gateways: Any, caplog: Any) -> None:

@@ -161,7 +161,7 @@ def _parse(lines: Iterator[str]) -> tuple[EngineLimits, list[Call]]:
     number = 0
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line) if line.strip() else None
+            row: Any = json.loads(line) if line.strip() else None
             if number == 1:
                 limits, shared_tokens = read_header(row)
             elif line.strip():

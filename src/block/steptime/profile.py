@@ -1,12 +1,13 @@
 """A step-time profile: the few numbers that say how fast one (GPU, model, parallelism) is, as JSON."""
 
+import os
 from array import array
 from pathlib import Path
 
 import msgspec
 
 from block.engine.limits import EngineLimits
-from block.errors import BadInputError, UnknownNameError
+from block.errors import BadInputError, ConfigError, UnknownNameError
 from block.steptime.curve import StepCurve
 
 SHIPPED = Path(__file__).parent / "profiles"
@@ -124,6 +125,33 @@ def load_profile(name_or_path: str) -> StepTimeProfile:
         raise BadInputError(f"{path} is not a step-time profile: {error}.") from error
 
 
+def check_writable(path: Path) -> None:
+    """Make the directory of a file that is to be written, and say at once if it cannot be.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: choose another file.")
+
+
+def save_profile(profile: StepTimeProfile, path: Path) -> None:
+    """Write a profile as JSON.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    check_writable(path)
+    try:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+
+
 def profile_names() -> list[str]:
     """Names of the shipped profiles."""
     return sorted(p.stem for p in SHIPPED.glob("*.json"))
@@ -140,5 +168,5 @@ def profile_for(gpu: str, model: str, tensor_parallel: int = 1) -> StepTimeProfi
         if (profile.gpu, profile.model, profile.tensor_parallel) == (gpu, model, tensor_parallel):
             return profile
     raise UnknownNameError(
-        "profile for", f"{model} on {gpu} with tensor parallelism {tensor_parallel}", profile_names()
+        "shipped profile", f"{model} on {gpu} with tensor parallelism {tensor_parallel}", profile_names()
     )

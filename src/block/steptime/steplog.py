@@ -104,6 +104,11 @@ def read_run(path: Path) -> Run:
         raise BadInputError(f"{file} cannot be read: {error}.") from error
     if not isinstance(fields, Mapping):
         raise BadInputError(f"{file} is not a JSON object.")
+    parallel, shape = fields.get("tensor_parallel", 1), fields.get("model_config") or {}
+    if not isinstance(parallel, int) or parallel < 1:
+        raise BadInputError(f"{file}: tensor_parallel must be a whole number of at least 1, not {parallel!r}.")
+    if not isinstance(shape, Mapping):
+        raise BadInputError(f"{file}: model_config must be a JSON object, as in the model's config.json.")
     stages = sorted(p.name.removesuffix(REQUESTS_SUFFIX) for p in path.glob(f"*{REQUESTS_SUFFIX}"))
     if not stages:
         raise BadInputError(f"{path} holds no stage (STAGE{REQUESTS_SUFFIX}).")
@@ -111,18 +116,22 @@ def read_run(path: Path) -> Run:
         path=path,
         gpu=str(fields.get("gpu", "unknown")),
         model=str(fields.get("model", "unknown")),
-        tensor_parallel=int(fields.get("tensor_parallel", 1)),
+        tensor_parallel=parallel,
         limits=limits_from(fields),
         stages=stages,
-        durations_s=_durations(fields.get("stages")),
-        model_config=dict(fields.get("model_config") or {}),
+        durations_s=_durations(fields.get("stages"), file),
+        model_config=dict(shape),
     )
 
 
-def _durations(stages: object) -> dict[str, float]:
+def _durations(stages: object, file: Path) -> dict[str, float]:
     if not isinstance(stages, Mapping):
         return {}
-    return {k: float(v["duration_s"]) for k, v in stages.items() if isinstance(v, Mapping) and "duration_s" in v}
+    told = {k: v["duration_s"] for k, v in stages.items() if isinstance(v, Mapping) and "duration_s" in v}
+    for stage, duration_s in told.items():
+        if not isinstance(duration_s, int | float) or not duration_s > 0:
+            raise BadInputError(f"{file}: the stage {stage} needs a duration_s above 0, not {duration_s!r}.")
+    return told
 
 
 def read_rows(file: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
@@ -156,9 +165,10 @@ def read_steps(file: Path) -> StepLog:
     try:
         chunks = [_chunks(row["prefill_chunks"]) for row in rows]
         numbers = {
-            column: np.array([float(row[column]) for row in rows])
+            column: finite(np.array([float(row[column]) for row in rows]), column)
             for column in ("schedule_start_s", "update_start_s", "decode_requests", "decode_context_tokens")
         }
+        blocks_free = rows_as_floats(rows, "kv_blocks_free") if "kv_blocks_free" in rows[0] else None
     except (ValueError, TypeError) as error:
         raise BadInputError(f"{file} is not a step log: {error}.") from error
     return StepLog(
@@ -171,18 +181,35 @@ def read_steps(file: Path) -> StepLog:
         prefill_work=np.array([sum(n * (before + 0.5 * n) for n, before in c) for c in chunks], dtype=float),
         chunks=np.array([float(len(c)) for c in chunks]),
         prefilled=np.array([float(sum(n + before for n, before in c)) for c in chunks]),
-        blocks_free=rows_as_floats(rows, "kv_blocks_free") if "kv_blocks_free" in rows[0] else None,
+        blocks_free=blocks_free,
     )
 
 
 def _chunks(text: str) -> list[tuple[int, int]]:
-    pairs = (chunk.split("@") for chunk in text.split())
-    return [(int(tokens), int(before)) for tokens, before in pairs]
+    pairs = [chunk.partition("@") for chunk in text.split()]
+    if not all(separator for _, separator, _ in pairs):
+        raise ValueError(f"prefill_chunks holds {text!r}, not tokens@computed_before")
+    return [(int(tokens), int(before)) for tokens, _, before in pairs]
 
 
 def rows_as_floats(rows: list[dict[str, Any]], column: str) -> Floats:
-    """One column as floats; an empty field is 0."""
-    return np.array([float(row[column] or 0) for row in rows])
+    """One column as floats; an empty field is 0.
+
+    Raises:
+        ValueError: something there is not a finite number.
+    """
+    return finite(np.array([float(row[column] or 0) for row in rows]), column)
+
+
+def finite(values: Floats, column: str) -> Floats:
+    """The values themselves.
+
+    Raises:
+        ValueError: one is infinite or not a number.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError(f"{column} holds {values[~np.isfinite(values)][0]}")
+    return values
 
 
 def read_stage_steps(run: Run, stage: str) -> StepLog:

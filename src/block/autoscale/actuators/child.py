@@ -46,8 +46,10 @@ class Child:
                 stdout=asyncio.subprocess.PIPE if keep_stdout else asyncio.subprocess.DEVNULL,
                 env={**inherited, **(environment or {})}, start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
-        except OSError as error:
-            raise ActuatorError(f"{command[0]!r} cannot be run: {error.strerror or error}.") from error
+        except (OSError, ValueError) as error:  # the latter: a zero byte in an argument
+            raise ActuatorError(
+                f"{command[0]!r} cannot be run: {getattr(error, 'strerror', None) or error}."
+            ) from error
         return cls(process)
 
     @property

@@ -35,7 +35,10 @@ class NoLock:
 
 
 class FileLock:
-    """An advisory lock on a file of this machine, let go by the system when its holder dies."""
+    """An advisory lock on a file of this machine, let go by the system when its holder dies.
+
+    A file that somebody removed (cleaners of temporary files do) is made and locked anew.
+    """
 
     sure_until_s = inf
 
@@ -44,6 +47,8 @@ class FileLock:
 
     async def held(self) -> bool:
         """Raises ConfigError: the file cannot be made."""
+        if self._file >= 0 and not self._is_there():
+            await self.release()
         if self._file >= 0:
             return True
         try:
@@ -57,6 +62,13 @@ class FileLock:
             return False
         self._file = file
         return True
+
+    def _is_there(self) -> bool:
+        """Whether the path still names the file that is locked: another one could be locked by somebody else."""
+        try:
+            return os.path.samestat(os.fstat(self._file), self._path.stat())
+        except OSError:
+            return False
 
     async def release(self) -> None:
         if self._file >= 0:

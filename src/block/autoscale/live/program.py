@@ -24,6 +24,7 @@ from block.autoscale.live.membership import Membership
 from block.autoscale.live.observer import Observer
 from block.autoscale.live.server import Window
 from block.autoscale.live.settings import AutoscaleSettings, admin_key
+from block.errors import ConfigError
 from block.predictor.serving import serve_until_stopped
 
 
@@ -40,9 +41,13 @@ async def run_autoscaler(
     lock = lock_of(settings)
     if not dry_run and isinstance(lock, FileLock):
         await lock.held()  # a path that cannot be is said now
+    file = None if settings.gateways.file is None else Path(settings.gateways.file)
+    if file is not None and (not file.absolute().parent.is_dir() or file.is_dir()):
+        raise ConfigError(
+            f"gateways.file = {str(file)!r} cannot be written: its folder must exist, and it must be a file."
+        )
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         gateways = [Gateway(session, url, key, settings.gateways.timeout_s) for url in settings.gateways.urls]
-        file = None if settings.gateways.file is None else Path(settings.gateways.file)
         prefix = f"{settings.name}-" if isinstance(settings.actuator, LocalSettings) else None
         membership = Membership(gateways, settings.gateways.register, file, prefix)
         membership.leads = False
