@@ -265,7 +265,7 @@ class LocalActuator:
 
     def _failed(self, one: _Instance, why: str, children: Sequence[Child]) -> None:
         words = children[0].last_words() if children and one.phase is Phase.STARTING else ""
-        log.warning("%s failed: %s %s", one.name, why, words)
+        log.warning("%s failed: %s%s", one.name, why, "" if why.endswith(words) else f" ({words})")
         failures = self._failures[one.kind.name]
         failures.count += 1
         failures.why = why
