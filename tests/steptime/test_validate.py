@@ -4,6 +4,7 @@ import gzip
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from block.engine.limits import EngineLimits
@@ -67,8 +68,6 @@ def test_a_broken_table_of_requests_is_named(tmp_path, content, message):
 def test_a_request_that_can_never_run_is_named():
     run = read_run(DATA / "llama2-7b")
     requests = read_stage(run.path, "q8", 16)[:1]
-    import msgspec
-
     huge = msgspec.structs.replace(requests[0], prompt_tokens=10_000_000)
     with pytest.raises(BadInputError, match="can never run"):
         replay([huge], run.limits, load_profile("h200-llama2-7b"))
@@ -148,3 +147,21 @@ def test_a_profile_that_cannot_be_written_is_said_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
         check_writable(tmp_path / "file" / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decode_knots": []}, "decode_knots needs knots"),
+        ({"mixed_knots": [[1, 0.005], [1e12, 0.006]]}, "mixed_knots needs knots"),
+        ({"decode_knots": [[8, 0.005], [1, 0.006]]}, "decode_knots must rise"),
+        ({"decode_knots": [[1, 0.006], [8, 0.005]]}, "decode_knots must rise"),
+        ({"kv_s": -1e-6}, "kv_s must not be negative"),
+        ({"heat_memory_s": 0}, "heat_memory_s must be above 0"),
+    ],
+)
+def test_a_profile_that_no_engine_could_have_is_refused(tmp_path, change, message):
+    fields = msgspec.to_builtins(load_profile("h200-llama2-7b"))
+    (tmp_path / "a.json").write_bytes(msgspec.json.encode(fields | change))
+    with pytest.raises(BadInputError, match=message):
+        load_profile(str(tmp_path / "a.json"))

@@ -2,6 +2,8 @@
 
 import os
 from array import array
+from itertools import pairwise
+from math import inf
 from pathlib import Path
 
 import msgspec
@@ -12,6 +14,8 @@ from block.steptime.curve import StepCurve
 
 SHIPPED = Path(__file__).parent / "profiles"
 GRAPH_TOKENS_MOST = 512  # vLLM captures CUDA graphs of up to min(512, 2 x max_num_seqs) tokens
+
+KNOT_MOST = 10_000_000  # requests or tokens of a step
 
 Knots = list[tuple[float, float]]
 
@@ -120,9 +124,27 @@ def load_profile(name_or_path: str) -> StepTimeProfile:
         if not path.exists():
             raise UnknownNameError("profile", name_or_path, profile_names())
     try:
-        return msgspec.json.decode(path.read_bytes(), type=StepTimeProfile)
-    except (msgspec.DecodeError, OSError) as error:
+        profile = msgspec.json.decode(path.read_bytes(), type=StepTimeProfile)
+        _check(profile)
+    except (msgspec.DecodeError, OSError, ValueError) as error:
         raise BadInputError(f"{path} is not a step-time profile: {error}.") from error
+    return profile
+
+
+def _check(profile: StepTimeProfile) -> None:
+    """Raises ValueError where no engine could take such times."""
+    for name in ("decode_knots", "mixed_knots"):
+        knots: Knots = getattr(profile, name)
+        if not knots or not knots[0][0] >= 0 or not knots[-1][0] <= KNOT_MOST or not knots[0][1] > 0:
+            raise ValueError(f"{name} needs knots of 0 to {KNOT_MOST} with times above 0")
+        for (x, y), (further, later) in pairwise(knots):
+            if not (x < further and y <= later < inf):
+                raise ValueError(f"{name} must rise, which ({further:g}, {later:g}) after ({x:g}, {y:g}) does not")
+    for name, value in msgspec.structs.asdict(profile).items():
+        if isinstance(value, float) and not 0 <= value < inf:
+            raise ValueError(f"{name} must not be negative, as {value:g} is")
+    if not profile.heat_memory_s > 0:
+        raise ValueError("heat_memory_s must be above 0")
 
 
 def check_writable(path: Path) -> None:
