@@ -1,6 +1,7 @@
 """A fit gives back the times that made a log, stays physical on measured ones, and says what is wrong with bad input."""
 
 import gzip
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -194,6 +195,15 @@ def test_too_few_steps_are_refused_with_a_reason(emulated_log):
 def test_input_that_is_no_run_is_refused_with_a_reason(tmp_path, make, message):
     with pytest.raises(BadInputError, match=message):
         read_measured([make(tmp_path)])
+
+
+def test_step_logs_alone_are_enough_to_fit(tmp_path):
+    for name in ("engine.json", "sweep.steps.csv.gz"):
+        shutil.copy(RUN / name, tmp_path)
+    for given in (tmp_path, tmp_path / "sweep.steps.csv.gz"):
+        measured = read_measured([given])
+        assert measured.stages == [f"{tmp_path.name}/sweep"]
+        assert not measured.calls
 
 
 def test_a_broken_step_log_is_named(tmp_path):

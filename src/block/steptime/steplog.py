@@ -109,9 +109,10 @@ def read_run(path: Path) -> Run:
         raise BadInputError(f"{file}: tensor_parallel must be a whole number of at least 1, not {parallel!r}.")
     if not isinstance(shape, Mapping):
         raise BadInputError(f"{file}: model_config must be a JSON object, as in the model's config.json.")
-    stages = sorted(p.name.removesuffix(REQUESTS_SUFFIX) for p in path.glob(f"*{REQUESTS_SUFFIX}"))
+    suffixes = (REQUESTS_SUFFIX, STEPS_SUFFIX)
+    stages = sorted({p.name.removesuffix(suffix) for suffix in suffixes for p in path.glob(f"*{suffix}")})
     if not stages:
-        raise BadInputError(f"{path} holds no stage (STAGE{REQUESTS_SUFFIX}).")
+        raise BadInputError(f"{path} holds no stage (STAGE{REQUESTS_SUFFIX} and STAGE{STEPS_SUFFIX}).")
     return Run(
         path=path,
         gpu=str(fields.get("gpu", "unknown")),
