@@ -145,6 +145,26 @@ def test_an_engine_that_the_model_does_not_know_is_refused(key: str, value: obje
         validate_trace(path)
 
 
+@pytest.mark.parametrize("path", TRACES, ids=lambda p: p.name.removesuffix(".jsonl.gz"))
+def test_what_a_header_leaves_out_has_vllms_default(path: Path, tmp_path: Path) -> None:
+    defaults = {
+        "block_size": 16, "enable_chunked_prefill": True, "policy": "fcfs", "watermark": 0.0, "async_scheduling": True,
+        "long_prefill_token_threshold": 0, "scheduler_reserve_full_isl": True, "enable_prefix_caching": False,
+    }  # fmt: skip
+
+    def header(h: dict) -> dict:
+        return {"engine": {k: v for k, v in h["engine"].items() if k not in defaults or defaults[k] != v}}
+
+    assert validate_trace(rewritten(path, tmp_path, header)).mismatches == 0
+
+
+def test_prompts_that_are_said_to_share_a_prefix_mean_prefix_caching(tmp_path: Path) -> None:
+    def header(h: dict) -> dict:
+        return {"engine": {k: v for k, v in h["engine"].items() if k != "enable_prefix_caching"}}
+
+    assert validate_trace(rewritten(TRACES[0].parent / "prefix.jsonl.gz", tmp_path, header)).mismatches == 0
+
+
 def refused(to: Path, header: object, rows: list[object]) -> str:
     """What is said of a trace of these lines."""
     path = to / "odd.jsonl.gz"

@@ -118,6 +118,8 @@ def read_header(header: Any) -> tuple[EngineLimits, int]:
         # An override decides; vLLM reports both.
         if name.startswith(("num_gpu_blocks_", "max_num_scheduled", "max_num_active")) and fields.get(name):
             limits[other] = fields[name]
+    if "shared_prefix_tokens" in fields:  # of no use to an engine that caches no prefixes
+        limits = {"enable_prefix_caching": True, **limits}
     missing = [name for name in ("max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks") if name not in limits]
     if missing:
         raise BadInputError(f"The trace's first line is not its engine's header: it lacks {', '.join(missing)}.")
