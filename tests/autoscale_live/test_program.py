@@ -182,16 +182,24 @@ def test_a_configuration_is_checked_without_running(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [("", "admin key is missing"), ('admin_key = "a\\nb"', "one line"), ('admin_key_file = "EMPTY"', "is empty")],
+    [
+        ("[gateways]", "admin key is missing"),
+        ('[gateways]\nadmin_key = "a\\nb"', "one line"),
+        ('[gateways]\nadmin_key_file = "TMP/empty"', "is empty"),
+        ('lock = "TMP/none/lock"\n[gateways]\nadmin_key = "k"', "The lock file"),
+        ('[gateways]\nadmin_key = "k"\nregister = "file"\nfile = "TMP/none/a.toml"', "its folder must exist"),
+        ('[actuator.kinds]\na = {}\n[gateways]\nadmin_key = "k"', "actuator.kinds.a: there is no such kind"),
+        ('[[kinds]]\nprofile = "none"\n[gateways]\nadmin_key = "k"', "no profile named 'none'"),
+    ],
 )
-def test_an_admin_key_that_cannot_be_used_is_said_by_the_check(
+def test_what_would_fail_at_the_start_is_said_by_the_check(
     given: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("BLOCK_ADMIN_KEY", raising=False)
     (tmp_path / "empty").touch()
     file = tmp_path / "autoscale.toml"
-    given = given.replace("EMPTY", str(tmp_path / "empty"))
-    file.write_text(f'[gateways]\nurls = ["http://127.0.0.1:9"]\n{given}\n[actuator]\ntype = "metric"\n')
+    given = given.replace("TMP", str(tmp_path))
+    file.write_text(f'controller = "static"\n{given}\nurls = ["http://127.0.0.1:9"]\n[actuator]\ntype = "local"\n')
     done = run(str(file), "--check-config")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert words in done.stderr

@@ -33,12 +33,13 @@ def command(
       block autoscale autoscale.toml --dry-run
       block autoscale autoscale.toml --controller relief:threshold_s=5 --json
     """
+    import asyncio
     import logging
 
     import msgspec
 
-    from block.autoscale.live.program import run_autoscaler
-    from block.autoscale.live.settings import admin_key, load_settings
+    from block.autoscale.live.program import check, run_autoscaler
+    from block.autoscale.live.settings import load_settings
     from block.predictor.serving import bind, run, url_of
 
     settings = load_settings(config)
@@ -48,7 +49,7 @@ def command(
         changes["options"] = {}  # they are of the configured one
     settings = msgspec.structs.replace(settings, **changes)
     if check_config:
-        admin_key(settings.gateways)
+        asyncio.run(check(settings))
         kinds = ", ".join(kind.name for kind in settings.kinds)
         click.echo(f"The configuration is fine: {settings.controller} over {kinds}, actuator {_type_of(settings)}.")
         return

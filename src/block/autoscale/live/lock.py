@@ -45,6 +45,13 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, -1
 
+    def check(self) -> None:
+        """Raises ConfigError: the file could not be made. Makes none."""
+        if self._path.is_dir() or not self._path.absolute().parent.is_dir():
+            raise ConfigError(
+                f"The lock file {self._path} cannot be made: its folder must exist, and it must be a file."
+            )
+
     async def held(self) -> bool:
         """Raises ConfigError: the file cannot be made."""
         if self._file >= 0 and not self._is_there():
