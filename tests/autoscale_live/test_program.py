@@ -237,6 +237,28 @@ def test_a_file_for_the_gateways_that_cannot_be_is_said_at_the_start(tmp_path: P
     assert "its folder must exist" in done.stderr
 
 
+def test_it_goes_on_when_nobody_reads_its_decisions_any_more(tmp_path: Path) -> None:
+    file = tmp_path / "autoscale.toml"
+    file.write_text(
+        f'interval_s = 0.1\nport = 0\nlock = "{tmp_path}/lock"\n[gateways]\nurls = ["http://127.0.0.1:9"]\nadmin_key = "k"\n'
+        '[actuator]\ntype = "metric"\n'
+    )
+    command = [sys.executable, "-m", "block", "autoscale", str(file), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "url" in process.stdout.readline()
+        process.stdout.close()
+        lines: list[str] = []
+        while "could not be written" not in (lines or [""])[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], "it goes on"
+        process.terminate()
+        rest = process.stderr.read()
+        assert process.wait(timeout=30) == 0
+    assert "Traceback" not in "".join(lines) + rest
+
+
 # The operator's own command
 
 SCRIPT = """
