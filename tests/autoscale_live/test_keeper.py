@@ -232,6 +232,32 @@ async def test_a_holder_that_is_stopped_keeps_the_lock_and_one_that_is_killed_le
     await lock.release()
 
 
+async def test_a_lock_file_that_was_removed_is_made_and_held_anew(tmp_path: Path) -> None:
+    first, second = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
+    assert await first.held()
+    (tmp_path / "lock").unlink()
+    assert await second.held()
+    assert not await first.held(), "two must never act"
+    await second.release()
+    assert await first.held()
+    await first.release()
+
+
+async def test_without_a_place_for_the_lock_nobody_acts_and_it_is_said_once(
+    session: Any, gateways: Any, tmp_path: Path, caplog: Any
+) -> None:
+    actuator, folder = FakeActuator(), tmp_path / "folder"
+    folder.mkdir()
+    keeper = keeper_of(session, await gateways(), actuator, Says(3), lock=FileLock(folder / "lock"))
+    assert (await turns(keeper, 2))[-1].action != "standby"
+    folder.rename(tmp_path / "other")
+    assert (await turns(keeper, 3))[-1].action == "standby"
+    assert caplog.text.count("standing by: The lock file") == 1
+    folder.mkdir()
+    assert (await turns(keeper, 2))[-1].action != "standby"
+    await keeper.close()
+
+
 class RunsOut:
     """A lock that says it is held, but whose time ran out while this process was stopped."""
 

@@ -95,6 +95,15 @@ async def test_an_actuator_that_cannot_say_is_blind_and_its_members_stay_as_know
     assert [member.id for member in seen.members] == ["small-0"]
 
 
+async def test_an_instance_that_is_told_twice_does_not_count_twice(session: Any, gateways: Any, caplog: Any) -> None:
+    actuator = FakeActuator()
+    await actuator.scale_to({"small": 1})
+    actuator.there = actuator.there * 2
+    observer = observer_of(session, await gateways(), actuator)
+    assert (await observer.look(60.0, 5.0))[-1].blind == ("actuator",)
+    assert "it tells of 'small-0' more than once." in caplog.text
+
+
 async def test_a_kind_that_is_not_configured_is_said_once(session: Any, gateways: Any, caplog: Any) -> None:
     fakes = await gateways()
     actuator = FakeActuator()

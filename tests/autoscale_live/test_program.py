@@ -56,6 +56,14 @@ GOOD: dict[str, Any] = {
         ({"guard": {"least": 9}, "kinds": [{"most": 4}]}, "guard.least is 9, but all kinds together have at most 4"),
         ({"interval_s": 0}, "interval_s must be above 0"),
         ({"name": "a b"}, "name must be letters"),
+        ({"interval_s": float("inf")}, "interval_s must be above 0 and finite"),
+        ({"port": 70_000}, "port must be 0 to 65535"),
+        ({"decisions_kept": 0}, "decisions_kept must be at least 1"),
+        ({"guard": {"settle_s": float("nan")}}, "must be finite"),
+        ({"kinds": [{"name": ""}]}, "each with a name"),
+        ({"kinds": [{"name": "a", "cold_start_s": float("inf")}]}, "both finite"),
+        ({"actuator": {"type": "exec", "command": [""]}}, "must name a program"),
+        ({"actuator": {"type": "exec", "command": ["a"], "timeout_s": float("inf")}}, "above 0 and finite"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -160,14 +168,11 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 def test_a_configuration_is_checked_without_running(tmp_path: Path) -> None:
     file = tmp_path / "autoscale.toml"
-    text = 'controller = "static"\n[gateways]\nurls = ["http://127.0.0.1:9"]\n%s[actuator]\ntype = "local"\n'
-    file.write_text(text % 'admin_key = "k"\n')
+    file.write_text(
+        'controller = "static"\n[gateways]\nurls = ["http://127.0.0.1:9"]\nadmin_key = "k"\n[actuator]\ntype = "local"\n'
+    )
     done = run(str(file), "--check-config")
     assert done.stdout == "The configuration is fine: static over default, actuator local.\n"
-    file.write_text(text % f'admin_key_file = "{tmp_path}/none"\n')
-    done = run(str(file), "--check-config")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "admin key file" in done.stderr
     file.write_text('[actuator]\ntype = "local"\nport = 1\n')
     done = run(str(file))
     assert done.returncode == 2
@@ -175,11 +180,36 @@ def test_a_configuration_is_checked_without_running(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("[gateways]", "admin key is missing"),
+        ('[gateways]\nadmin_key = "a\\nb"', "one line"),
+        ('[gateways]\nadmin_key_file = "TMP/empty"', "is empty"),
+        ('lock = "TMP/none/lock"\n[gateways]\nadmin_key = "k"', "The lock file"),
+        ('[gateways]\nadmin_key = "k"\nregister = "file"\nfile = "TMP/none/a.toml"', "its folder must exist"),
+        ('[actuator.kinds]\na = {}\n[gateways]\nadmin_key = "k"', "actuator.kinds.a: there is no such kind"),
+        ('[[kinds]]\nprofile = "none"\n[gateways]\nadmin_key = "k"', "no profile named 'none'"),
+    ],
+)
+def test_what_would_fail_at_the_start_is_said_by_the_check(
+    given: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BLOCK_ADMIN_KEY", raising=False)
+    (tmp_path / "empty").touch()
+    file = tmp_path / "autoscale.toml"
+    given = given.replace("TMP", str(tmp_path))
+    file.write_text(f'controller = "static"\n{given}\nurls = ["http://127.0.0.1:9"]\n[actuator]\ntype = "local"\n')
+    done = run(str(file), "--check-config")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert words in done.stderr
+
+
 def test_another_controller_on_the_command_line_leaves_the_options_of_the_configured_one(tmp_path: Path) -> None:
     file = tmp_path / "autoscale.toml"
     file.write_text(
-        'controller = "replay"\noptions = { target = 0.99 }\n[gateways]\nurls = ["http://127.0.0.1:9"]\n'
-        'admin_key = "k"\n[actuator]\ntype = "metric"\n'
+        'controller = "replay"\noptions = { target = 0.99 }\n[gateways]\nurls = ["http://127.0.0.1:9"]\nadmin_key = "k"\n'
+        '[actuator]\ntype = "metric"\n'
     )
     done = run(str(file), "--check-config", "--controller", "relief:threshold_s=5")
     assert (done.returncode, done.stderr) == (0, "")
@@ -194,6 +224,39 @@ def test_a_lock_that_cannot_be_is_said_at_the_start(tmp_path: Path) -> None:
     done = run(str(file), "--port", "0")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "The lock file" in done.stderr
+
+
+def test_a_file_for_the_gateways_that_cannot_be_is_said_at_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "autoscale.toml"
+    file.write_text(
+        f'[gateways]\nurls = ["http://127.0.0.1:9"]\nadmin_key = "k"\nregister = "file"\nfile = "{tmp_path}/none/a.toml"\n'
+        '[actuator]\ntype = "metric"\n'
+    )
+    done = run(str(file), "--port", "0")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "its folder must exist" in done.stderr
+
+
+def test_it_goes_on_when_nobody_reads_its_decisions_any_more(tmp_path: Path) -> None:
+    file = tmp_path / "autoscale.toml"
+    file.write_text(
+        f'interval_s = 0.1\nport = 0\nlock = "{tmp_path}/lock"\n[gateways]\nurls = ["http://127.0.0.1:9"]\nadmin_key = "k"\n'
+        '[actuator]\ntype = "metric"\n'
+    )
+    command = [sys.executable, "-m", "block", "autoscale", str(file), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "url" in process.stdout.readline()
+        process.stdout.close()
+        lines: list[str] = []
+        while "could not be written" not in (lines or [""])[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], "it goes on"
+        process.terminate()
+        rest = process.stderr.read()
+        assert process.wait(timeout=30) == 0
+    assert "Traceback" not in "".join(lines) + rest
 
 
 # The operator's own command
@@ -336,6 +399,21 @@ async def test_members_can_be_told_by_a_file_that_the_gateways_watch(
     await membership.beat()
     assert read_instances(str(file), GatewayConfig()) == []
     assert not fake.instances
+
+
+async def test_a_file_that_cannot_be_written_is_said_once_and_tried_again(
+    session: Any, gateways: Any, tmp_path: Path, caplog: Any
+) -> None:
+    (fake,) = await gateways()
+    file = tmp_path / "folder" / "instances.toml"
+    membership = Membership([fake.gateway(session)], "file", file)
+    membership.welcome(InstanceConfig(url="http://127.0.0.1:1", name="a"))
+    for _ in range(3):
+        await membership.beat()
+    assert caplog.text.count("cannot be written: No such file or directory") == 1
+    file.parent.mkdir()
+    await membership.beat()
+    assert [one.id for one in read_instances(str(file), GatewayConfig())] == ["a"]
 
 
 async def test_a_gateway_that_never_answered_is_said_once(session: Any, gateways: Any, caplog: Any) -> None:

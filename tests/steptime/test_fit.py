@@ -1,5 +1,7 @@
 """A fit gives back the times that made a log, stays physical on measured ones, and says what is wrong with bad input."""
 
+import gzip
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -193,9 +195,33 @@ def test_input_that_is_no_run_is_refused_with_a_reason(tmp_path, make, message):
         read_measured([make(tmp_path)])
 
 
+def test_step_logs_alone_are_enough_to_fit(tmp_path):
+    for name in ("engine.json", "sweep.steps.csv.gz"):
+        shutil.copy(RUN / name, tmp_path)
+    for given in (tmp_path, tmp_path / "sweep.steps.csv.gz"):
+        measured = read_measured([given])
+        assert measured.stages == [f"{tmp_path.name}/sweep"]
+        assert not measured.calls
+
+
 def test_a_broken_step_log_is_named(tmp_path):
     (tmp_path / "a.steps.csv.gz").write_bytes(b"no gzip")
     with pytest.raises(BadInputError, match="not a gzip CSV"):
+        read_steps(tmp_path / "a.steps.csv.gz")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("0,nan,1,10,", "update_start_s holds nan"),
+        ("0,1,1,10,12", "prefill_chunks holds '12'"),
+        ("0,1,x,10,", "could not convert"),
+    ],
+)
+def test_a_step_that_is_none_is_named(tmp_path, row, message):
+    header = "schedule_start_s,update_start_s,decode_requests,decode_context_tokens,prefill_chunks"
+    (tmp_path / "a.steps.csv.gz").write_bytes(gzip.compress(f"{header}\n{row}\n".encode()))
+    with pytest.raises(BadInputError, match=message):
         read_steps(tmp_path / "a.steps.csv.gz")
 
 

@@ -33,12 +33,13 @@ def command(
       block autoscale autoscale.toml --dry-run
       block autoscale autoscale.toml --controller relief:threshold_s=5 --json
     """
+    import asyncio
     import logging
 
     import msgspec
 
-    from block.autoscale.live.program import run_autoscaler
-    from block.autoscale.live.settings import admin_key, load_settings
+    from block.autoscale.live.program import check, run_autoscaler
+    from block.autoscale.live.settings import load_settings
     from block.predictor.serving import bind, run, url_of
 
     settings = load_settings(config)
@@ -48,7 +49,7 @@ def command(
         changes["options"] = {}  # they are of the configured one
     settings = msgspec.structs.replace(settings, **changes)
     if check_config:
-        admin_key(settings.gateways)
+        asyncio.run(check(settings))
         kinds = ", ".join(kind.name for kind in settings.kinds)
         click.echo(f"The configuration is fine: {settings.controller} over {kinds}, actuator {_type_of(settings)}.")
         return
@@ -63,7 +64,7 @@ def command(
                 what = " (dry run)" if dry_run else ""
                 click.echo(f"block autoscale: {settings.controller}, {url}{what}", err=True)
 
-        run(run_autoscaler(settings, bound, on_ready, dry_run=dry_run, on_record=_tell if as_json else None))
+        run(run_autoscaler(settings, bound, on_ready, dry_run=dry_run, on_record=_tell_on if as_json else None))
 
 
 def _type_of(settings: Any) -> str:
@@ -74,3 +75,19 @@ def _tell(value: Any) -> None:
     import msgspec
 
     click.echo(msgspec.json.encode(value).decode())
+
+
+def _tell_on(value: Any) -> None:
+    """Tell a decision; whoever read them may be gone, or the disk full, and instances need their autoscaler all the same."""
+    import logging
+    import os
+    import sys
+
+    try:
+        _tell(value)
+    except OSError as error:
+        logging.getLogger("block.autoscale").warning("the decision could not be written as JSON: %s", error.strerror)
+        if isinstance(error, BrokenPipeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)

@@ -60,7 +60,9 @@ def command(
 
     from block.predictor.source import open_source
     from block.replay.client import base_url
+    from block.steptime.profile import check_writable, save_profile
 
+    check_writable(output)
     state = open_source(source, 0.002)
     result = _run(
         base_url(url),
@@ -72,8 +74,7 @@ def command(
         keep=run_dir,
         seed=seed,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(msgspec.json.format(msgspec.json.encode(result.profile)) + b"\n")
+    save_profile(result.profile, output)
     if as_json:
         click.echo(msgspec.json.encode(_summary(result, output)).decode())
     else:

@@ -37,9 +37,11 @@ def command(steps: tuple[Path, ...], output: Path, name: str | None, as_json: bo
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from block.steptime.fit import Subject, fit_profile
+    from block.steptime.profile import check_writable, save_profile
     from block.steptime.roofline import arithmetic
     from block.steptime.sources import read_measured
 
+    check_writable(output)
     console = Console(stderr=True)
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
@@ -55,7 +57,7 @@ def command(steps: tuple[Path, ...], output: Path, name: str | None, as_json: bo
             prior=arithmetic(measured.model_config, measured.gpu, measured.tensor_parallel),
         )
         profile = fit_profile(measured.logs, subject, lambda stage: bar.update(task, description=stage), measured.calls)
-    output.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
+    save_profile(profile, output)
     if as_json:
         click.echo(msgspec.json.encode({"profile": str(output), "errors": profile.errors}).decode())
     else:

@@ -187,7 +187,7 @@ def aiconfigurator(
 
 
 def _write(profile: "StepTimeProfile", output: Path) -> None:
-    import msgspec
+    from block.steptime.profile import save_profile
 
-    output.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
+    save_profile(profile, output)
     click.echo(f"Wrote {output}: {profile.model} on {profile.gpu}.", err=True)

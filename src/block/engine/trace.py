@@ -8,6 +8,8 @@ running nor waiting any more has ended: by EOS if the results just taken in have
 
 import gzip
 import json
+import math
+import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -137,19 +139,53 @@ def _named(value: Any) -> Any:
 
 def _read(path: Path) -> tuple[EngineLimits, list[Call]]:
     try:
-        with gzip.open(path, "rt") as lines:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rt") if zipped else path.open() as lines:
             return _parse(lines)
-    except BlockError:
-        raise
     except FileNotFoundError as error:
         raise BadInputError(f"There is no trace file {path}.") from error
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise BadInputError(
-            f"{path} is not a scheduler trace (gzip JSON lines, first an engine header): {error!r}."
-        ) from error
+    except BlockError as error:
+        raise BadInputError(f"{path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"{path} is not a scheduler trace: it is not text.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInputError(f"{path} cannot be read: {error}.") from error
 
 
 def _parse(lines: Iterator[str]) -> tuple[EngineLimits, list[Call]]:
-    limits, shared_tokens = read_header(json.loads(next(lines)))
+    limits, shared_tokens, calls = EngineLimits(), 0, list[Call]()
     chains: Chains = {}
-    return limits, [read_call(json.loads(line), limits, shared_tokens, chains) for line in lines if line.strip()]
+    arrived: set[str] = set()
+    before_s = -math.inf
+    number = 0
+    for number, line in enumerate(lines, 1):
+        try:
+            row: Any = json.loads(line) if line.strip() else None
+            if number == 1:
+                limits, shared_tokens = read_header(row)
+            elif line.strip():
+                calls.append(read_call(row, limits, shared_tokens, chains))
+                _check_order(calls[-1], arrived)
+                at_s = row.get("t_s")
+                if isinstance(at_s, int | float):
+                    if at_s < before_s:
+                        raise ValueError(f"t_s goes back from {before_s} to {at_s}: the rows are out of order")
+                    before_s = at_s
+        except (ValueError, TypeError) as error:
+            what = "it is not JSON" if isinstance(error, json.JSONDecodeError) else error
+            raise BadInputError(f"Not a scheduler trace, line {number}: {what}.") from error
+    if not calls:
+        raise BadInputError("Not a scheduler trace: it holds no schedule() call." if number else "The trace is empty.")
+    return limits, calls
+
+
+def _check_order(call: Call, arrived: set[str]) -> None:
+    """Every request arrives once, and before anything else is said of it. ``arrived`` is brought up to date."""
+    for arrival in call.arrivals:
+        if str(arrival.key) in arrived:
+            raise ValueError(f"request {arrival.key} arrives a second time")
+        arrived.add(str(arrival.key))
+    unknown = {str(key) for key in call.decisions["scheduled"]} | (call.present or frozenset())
+    if unknown := unknown - arrived:
+        raise ValueError(f"request {min(unknown)} is there before it arrived: rows are missing or out of order")

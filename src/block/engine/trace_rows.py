@@ -42,7 +42,9 @@ UNMODELLED: dict[str, tuple[Any, ...]] = {
     "pipeline_parallel_size": (1,), "prefill_schedule_interval": (0, 1), "num_speculative_tokens": (0,),
     "speculative_config": (), "num_lookahead_tokens": (0,), "kv_transfer_config": (), "kv_connector": (), "enable_lora": (False,),
     "lora_config": (), "sliding_window": (0,), "long_prefill_token_threshold_adaptive": (False,),
-    "adaptive_long_prefill_token_threshold": (False,), "decode_context_parallel_size": (1,),
+    "adaptive_long_prefill_token_threshold": (False,), "decode_context_parallel_size": (1,), "num_spec_tokens": (0,),
+    "spec_decode": (False,), "speculative": (False,), "speculative_decoding": (False,), "speculative_model": (), "lora": (False,),
+    "lora_modules": (),
 }  # fmt: skip
 FIELDS = {
     "scheduled": ("scheduled", "num_scheduled_tokens", "scheduled_tokens"),
@@ -93,13 +95,16 @@ class Call(msgspec.Struct, frozen=True):
         return name in self.ended or (self.present is not None and name not in self.present)
 
 
-def read_header(header: Mapping[str, Any]) -> tuple[EngineLimits, int]:
+def read_header(header: Any) -> tuple[EngineLimits, int]:
     """The engine's limits, and how many first tokens all prompts share.
 
     Raises:
         BadInputError: the engine does what the model does not, or the header lacks the limits that decide the most.
         ConfigError: a limit has the wrong type or value.
+        ValueError: it is not a header.
     """
+    if not isinstance(header, Mapping):
+        raise ValueError("the header is not a JSON object")
     fields: dict[str, Any] = {}
     _flatten(header, fields)
     for name, harmless in UNMODELLED.items():
@@ -113,10 +118,12 @@ def read_header(header: Mapping[str, Any]) -> tuple[EngineLimits, int]:
         # An override decides; vLLM reports both.
         if name.startswith(("num_gpu_blocks_", "max_num_scheduled", "max_num_active")) and fields.get(name):
             limits[other] = fields[name]
+    if "shared_prefix_tokens" in fields:  # of no use to an engine that caches no prefixes
+        limits = {"enable_prefix_caching": True, **limits}
     missing = [name for name in ("max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks") if name not in limits]
     if missing:
-        raise BadInputError(f"The trace's header lacks {', '.join(missing)}.")
-    return limits_from(limits), int(fields.get("shared_prefix_tokens") or 0)
+        raise BadInputError(f"The trace's first line is not its engine's header: it lacks {', '.join(missing)}.")
+    return limits_from(limits), _whole(fields.get("shared_prefix_tokens") or 0, "shared_prefix_tokens")
 
 
 def _flatten(header: Mapping[str, Any], into: dict[str, Any]) -> None:
@@ -127,30 +134,59 @@ def _flatten(header: Mapping[str, Any], into: dict[str, Any]) -> None:
             into[name] = value
 
 
-def read_call(row: Mapping[str, Any], limits: EngineLimits, shared_tokens: int, chains: Chains) -> Call:
+def read_call(row: Any, limits: EngineLimits, shared_tokens: int, chains: Chains) -> Call:
     """One row; ``chains`` is the trace's own, empty at first.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not one.
+        ValueError: it is not one.
     """
-    decisions = {field: row[name] for field, names in FIELDS.items() for name in names if name in row}
-    if "scheduled" not in decisions:
-        raise KeyError("a call lacks 'scheduled'")
-    decisions["scheduled"] = dict(decisions["scheduled"])
+    if not isinstance(row, Mapping):
+        raise ValueError("a call is not a JSON object")
+    decisions = {field: row[name] for field, names in FIELDS.items() for name in names if row.get(name) is not None}
+    decisions["scheduled"] = _scheduled(decisions.get("scheduled"))
+    if "blocks_free" in decisions:
+        decisions["blocks_free"] = _whole(decisions["blocks_free"], "blocks_free")
+    for field in ("running", "waiting", "preempted"):
+        if field in decisions and not isinstance(decisions[field], int):
+            decisions[field] = _ids(decisions[field], field)
     running, waiting = decisions.get("running"), decisions.get("waiting")
     present = None
     if isinstance(running, list) and isinstance(waiting, list):
         present = frozenset(map(str, running + waiting))
     ended: list[Any] = next((row[name] for name in ENDED if isinstance(row.get(name), list)), [])
-    arrivals = [_arrival(a, limits, shared_tokens, chains) for a in row.get("arrivals") or []]
-    return Call(arrivals, decisions, present, frozenset(map(str, ended)))
+    arrivals = row.get("arrivals") or []
+    if not isinstance(arrivals, list):
+        raise ValueError("arrivals is not a list")
+    read = [_arrival(a, limits, shared_tokens, chains) for a in arrivals]
+    return Call(read, decisions, present, frozenset(map(str, _ids(ended, "finished"))))
+
+
+def _scheduled(value: Any) -> dict[Any, int]:
+    if isinstance(value, Mapping):
+        value = list(value.items())
+    if not isinstance(value, list) or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in value):
+        raise ValueError("scheduled must be pairs of a request and its tokens, or an object of these")
+    _ids([key for key, _ in value], "scheduled")
+    return {key: _whole(tokens, "scheduled tokens", 1) for key, tokens in value}
+
+
+def _whole(value: Any, what: str, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or value < least:
+        raise ValueError(f"{what} is {value!r}, not a whole number of at least {least}")
+    return int(value)
+
+
+def _ids(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list) or any(isinstance(key, bool) or not isinstance(key, int | str) for key in value):
+        raise ValueError(f"{what} is not a list of requests (numbers or names)")
+    return value
 
 
 def _arrival(row: Any, limits: EngineLimits, shared_tokens: int, chains: Chains) -> Arrival:
     named: dict[str, Any] = {}
     if isinstance(row, Mapping):
         _name(row, named)
-    else:
+    elif isinstance(row, list):
         named = dict(zip(("key", "prompt", "max_tokens", "priority"), row, strict=False))
         for extra in row[4:]:
             if isinstance(extra, Mapping):
@@ -159,15 +195,21 @@ def _arrival(row: Any, limits: EngineLimits, shared_tokens: int, chains: Chains)
                 named["content"] = extra
             elif not isinstance(extra, str):
                 named.setdefault("output_tokens", extra)
-    prompt = named["prompt"]
-    tokens = len(prompt) if isinstance(prompt, list) else int(prompt)
-    output = named.get("output_tokens")
+    missing = [name for name in ("key", "prompt", "max_tokens") if named.get(name) is None]
+    if missing:
+        raise ValueError(f"an arrival lacks {', '.join(missing)}")
+    _ids([named["key"]], "an arrival's id")
+    prompt, output, priority = named["prompt"], named.get("output_tokens"), named.get("priority") or 0
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise ValueError(f"an arrival's priority is {priority!r}, not a whole number")
+    tokens = _whole(len(prompt) if isinstance(prompt, list) else prompt, "an arrival's prompt", 1)
+    max_tokens = _whole(named["max_tokens"], "an arrival's max_tokens", 1)
     return Arrival(
         key=named["key"],
         prompt_tokens=tokens,
-        max_tokens=int(named["max_tokens"]),
-        priority=int(named.get("priority") or 0),
-        output_tokens=None if output is None else int(output),
+        max_tokens=max_tokens,
+        priority=priority,
+        output_tokens=None if output is None else _whole(output, "an arrival's output_tokens"),
         content=_content(named, tokens, limits.block_size, shared_tokens, chains),
         aborted="output_tokens" in named and output is None,
     )

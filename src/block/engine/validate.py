@@ -4,6 +4,7 @@ The replay sees arrivals and lengths only: no state, time or decision of the mea
 """
 
 from collections.abc import Callable, Sequence
+from math import inf, isfinite
 from pathlib import Path
 
 import msgspec
@@ -74,27 +75,39 @@ def read_stage(run_dir: Path, stage: str, block_size: int) -> list[MeasuredReque
         raise BadInputError(f"{run_dir} has no stage {stage!r}; its stages: {', '.join(known) or 'none'}.")
     rows = read_rows(file, ("request", "arrived_s", "prompt_tokens", "output_tokens", "ttft_s", "e2e_s"))
     try:
+        if len({row["request"] for row in rows}) < len(rows):
+            raise ValueError("two of its requests have one number")
         keys = _content_keys(rows, block_size) if "parent_request" in rows[0] else {}
-        requests = [
-            MeasuredRequest(
-                int(row["request"]), float(row["arrived_s"]), int(row["prompt_tokens"]), int(row["output_tokens"]),
-                float(row["ttft_s"]), float(row["e2e_s"]), keys.get(int(row["request"])),
-                int(row["cached_tokens"]) if "cached_tokens" in row else None,
-            )
-            for row in rows
-        ]  # fmt: skip
+        requests = [_measured(row, keys) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInputError(f"{file} is not a table of requests: {error}.") from error
     return sorted(requests, key=lambda r: r.arrived_s)
 
 
+def _measured(row: dict[str, str], keys: dict[int, list[tuple[object, ...]]]) -> MeasuredRequest:
+    request = MeasuredRequest(
+        int(row["request"]), float(row["arrived_s"]), int(row["prompt_tokens"]), int(row["output_tokens"]),
+        float(row["ttft_s"]), float(row["e2e_s"]), keys.get(int(row["request"])),
+        int(row["cached_tokens"]) if row.get("cached_tokens") else None,
+    )  # fmt: skip
+    if request.prompt_tokens < 1 or request.output_tokens < 1:
+        raise ValueError(f"request {request.key} has no prompt or no output tokens")
+    if not (isfinite(request.arrived_s) and 0 < request.ttft_s < inf and 0 < request.e2e_s < inf):
+        raise ValueError(f"request {request.key} needs a finite arrived_s, and a ttft_s and an e2e_s above 0")
+    return request
+
+
 def _content_keys(rows: list[dict[str, str]], block_size: int) -> dict[int, list[tuple[object, ...]]]:
-    """Block identities of multi-turn requests: a turn repeats its parent's prompt and answer, a first turn its group's prefix."""
+    """Block identities of multi-turn requests: a turn repeats its parent's prompt and answer, a first turn its group's prefix
+    (where groups are told)."""
+    if lacking := [column for column in ("turn", "shared_with_parent_tokens") if column not in rows[0]]:
+        raise ValueError(f"with parent_request it needs {' and '.join(lacking)} too")
     keys: dict[int, list[tuple[object, ...]]] = {}
     for row in sorted(rows, key=lambda r: int(r["turn"])):
         shared_blocks = int(row["shared_with_parent_tokens"]) // block_size
         if int(row["turn"]) == 0:
-            keys[int(row["request"])] = [("group", row["group"], i) for i in range(shared_blocks)]
+            if "group" in row:
+                keys[int(row["request"])] = [("group", row["group"], i) for i in range(shared_blocks)]
         else:
             parent = int(row["parent_request"])
             known = keys.get(parent, [])
@@ -114,7 +127,7 @@ def replay(
     ``engine``: a fresh one to play it on, by default one with the profile's times.
 
     Raises:
-        BadInputError: a request can never run under these limits.
+        BadInputError: a request can never run, or never end, under these limits.
     """
     engine = engine or Engine(limits, profile.curve(limits=limits))
     sequences = [
@@ -140,6 +153,12 @@ def replay(
                     last_s[i] = seen_s
                     finished += 1
         progress(finished)
+    if finished < len(requests):
+        first = requests[int(np.flatnonzero(np.isnan(last_s))[0])].key
+        raise BadInputError(
+            f"{len(requests) - finished} requests never end within the engine's limits, the first of them {first} "
+            "(without chunked prefill a prompt must fit into max_num_batched_tokens)."
+        )
     arrived = np.array([r.arrived_s for r in requests])
     return Replayed(
         ttft_s=first_s - arrived, e2e_s=last_s - arrived, preemptions=int(engine.scheduler.preemptions), steps=engine.steps,
@@ -185,8 +204,16 @@ def compare(
 
 
 def measured_preemptions(run_dir: Path, stage: str) -> int | None:
-    """How often the measured engine preempted during a stage; ``None`` without a step log."""
+    """How often the measured engine preempted during a stage; ``None``: no step log, or one that does not say.
+
+    Raises:
+        BadInputError: the log is malformed.
+    """
     file = run_dir / f"{stage}{STEPS_SUFFIX}"
     if not file.exists():
         return None
-    return int(rows_as_floats(read_rows(file, ("preempted",)), "preempted").sum())
+    rows = read_rows(file, ())
+    try:
+        return int(rows_as_floats(rows, "preempted").sum()) if rows and "preempted" in rows[0] else None
+    except (ValueError, TypeError) as error:
+        raise BadInputError(f"{file} is not a step log: {error}.") from error

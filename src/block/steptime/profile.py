@@ -1,16 +1,21 @@
 """A step-time profile: the few numbers that say how fast one (GPU, model, parallelism) is, as JSON."""
 
+import os
 from array import array
+from itertools import pairwise
+from math import inf
 from pathlib import Path
 
 import msgspec
 
 from block.engine.limits import EngineLimits
-from block.errors import BadInputError, UnknownNameError
+from block.errors import BadInputError, ConfigError, UnknownNameError
 from block.steptime.curve import StepCurve
 
 SHIPPED = Path(__file__).parent / "profiles"
 GRAPH_TOKENS_MOST = 512  # vLLM captures CUDA graphs of up to min(512, 2 x max_num_seqs) tokens
+
+KNOT_MOST = 10_000_000  # requests or tokens of a step
 
 Knots = list[tuple[float, float]]
 
@@ -119,9 +124,54 @@ def load_profile(name_or_path: str) -> StepTimeProfile:
         if not path.exists():
             raise UnknownNameError("profile", name_or_path, profile_names())
     try:
-        return msgspec.json.decode(path.read_bytes(), type=StepTimeProfile)
-    except (msgspec.DecodeError, OSError) as error:
+        profile = msgspec.json.decode(path.read_bytes(), type=StepTimeProfile)
+        _check(profile)
+    except (msgspec.DecodeError, OSError, ValueError) as error:
         raise BadInputError(f"{path} is not a step-time profile: {error}.") from error
+    return profile
+
+
+def _check(profile: StepTimeProfile) -> None:
+    """Raises ValueError where no engine could take such times."""
+    for name in ("decode_knots", "mixed_knots"):
+        knots: Knots = getattr(profile, name)
+        if not knots or not knots[0][0] >= 0 or not knots[-1][0] <= KNOT_MOST or not knots[0][1] > 0:
+            raise ValueError(f"{name} needs knots of 0 to {KNOT_MOST} with times above 0")
+        for (x, y), (further, later) in pairwise(knots):
+            if not (x < further and y <= later < inf):
+                raise ValueError(f"{name} must rise, which ({further:g}, {later:g}) after ({x:g}, {y:g}) does not")
+    for name, value in msgspec.structs.asdict(profile).items():
+        if isinstance(value, float) and not 0 <= value < inf:
+            raise ValueError(f"{name} must not be negative, as {value:g} is")
+    if not profile.heat_memory_s > 0:
+        raise ValueError("heat_memory_s must be above 0")
+
+
+def check_writable(path: Path) -> None:
+    """Make the directory of a file that is to be written, and say at once if it cannot be.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: choose another file.")
+
+
+def save_profile(profile: StepTimeProfile, path: Path) -> None:
+    """Write a profile as JSON.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    check_writable(path)
+    try:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def profile_names() -> list[str]:
@@ -140,5 +190,5 @@ def profile_for(gpu: str, model: str, tensor_parallel: int = 1) -> StepTimeProfi
         if (profile.gpu, profile.model, profile.tensor_parallel) == (gpu, model, tensor_parallel):
             return profile
     raise UnknownNameError(
-        "profile for", f"{model} on {gpu} with tensor parallelism {tensor_parallel}", profile_names()
+        "shipped profile", f"{model} on {gpu} with tensor parallelism {tensor_parallel}", profile_names()
     )

@@ -87,5 +87,5 @@ def read_calls(file: Path) -> Calls:
     try:
         arrived = rows_as_floats(rows, "arrived_s")
         return Calls(arrived, arrived + rows_as_floats(rows, "e2e_s"))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise BadInputError(f"{file} is not a table of requests: {error}.") from error

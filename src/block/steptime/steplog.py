@@ -7,6 +7,7 @@ A run directory holds ``engine.json`` (GPU, model, limits) and, per stage, ``STA
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,25 +104,35 @@ def read_run(path: Path) -> Run:
         raise BadInputError(f"{file} cannot be read: {error}.") from error
     if not isinstance(fields, Mapping):
         raise BadInputError(f"{file} is not a JSON object.")
-    stages = sorted(p.name.removesuffix(REQUESTS_SUFFIX) for p in path.glob(f"*{REQUESTS_SUFFIX}"))
+    parallel, shape = fields.get("tensor_parallel", 1), fields.get("model_config") or {}
+    if not isinstance(parallel, int) or parallel < 1:
+        raise BadInputError(f"{file}: tensor_parallel must be a whole number of at least 1, not {parallel!r}.")
+    if not isinstance(shape, Mapping):
+        raise BadInputError(f"{file}: model_config must be a JSON object, as in the model's config.json.")
+    suffixes = (REQUESTS_SUFFIX, STEPS_SUFFIX)
+    stages = sorted({p.name.removesuffix(suffix) for suffix in suffixes for p in path.glob(f"*{suffix}")})
     if not stages:
-        raise BadInputError(f"{path} holds no stage (STAGE{REQUESTS_SUFFIX}).")
+        raise BadInputError(f"{path} holds no stage (STAGE{REQUESTS_SUFFIX} and STAGE{STEPS_SUFFIX}).")
     return Run(
         path=path,
         gpu=str(fields.get("gpu", "unknown")),
         model=str(fields.get("model", "unknown")),
-        tensor_parallel=int(fields.get("tensor_parallel", 1)),
+        tensor_parallel=parallel,
         limits=limits_from(fields),
         stages=stages,
-        durations_s=_durations(fields.get("stages")),
-        model_config=dict(fields.get("model_config") or {}),
+        durations_s=_durations(fields.get("stages"), file),
+        model_config=dict(shape),
     )
 
 
-def _durations(stages: object) -> dict[str, float]:
+def _durations(stages: object, file: Path) -> dict[str, float]:
     if not isinstance(stages, Mapping):
         return {}
-    return {k: float(v["duration_s"]) for k, v in stages.items() if isinstance(v, Mapping) and "duration_s" in v}
+    told = {k: v["duration_s"] for k, v in stages.items() if isinstance(v, Mapping) and "duration_s" in v}
+    for stage, duration_s in told.items():
+        if not isinstance(duration_s, int | float) or not duration_s > 0:
+            raise BadInputError(f"{file}: the stage {stage} needs a duration_s above 0, not {duration_s!r}.")
+    return told
 
 
 def read_rows(file: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
@@ -135,7 +146,7 @@ def read_rows(file: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
             rows = list(csv.DictReader(lines))
     except FileNotFoundError as error:
         raise BadInputError(f"There is no file {file}.") from error
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise BadInputError(f"{file} is not a gzip CSV file: {error}.") from error
     missing = [c for c in needed if not rows or c not in rows[0]]
     if missing:
@@ -155,9 +166,10 @@ def read_steps(file: Path) -> StepLog:
     try:
         chunks = [_chunks(row["prefill_chunks"]) for row in rows]
         numbers = {
-            column: np.array([float(row[column]) for row in rows])
+            column: finite(np.array([float(row[column]) for row in rows]), column)
             for column in ("schedule_start_s", "update_start_s", "decode_requests", "decode_context_tokens")
         }
+        blocks_free = rows_as_floats(rows, "kv_blocks_free") if "kv_blocks_free" in rows[0] else None
     except (ValueError, TypeError) as error:
         raise BadInputError(f"{file} is not a step log: {error}.") from error
     return StepLog(
@@ -170,18 +182,35 @@ def read_steps(file: Path) -> StepLog:
         prefill_work=np.array([sum(n * (before + 0.5 * n) for n, before in c) for c in chunks], dtype=float),
         chunks=np.array([float(len(c)) for c in chunks]),
         prefilled=np.array([float(sum(n + before for n, before in c)) for c in chunks]),
-        blocks_free=rows_as_floats(rows, "kv_blocks_free") if "kv_blocks_free" in rows[0] else None,
+        blocks_free=blocks_free,
     )
 
 
 def _chunks(text: str) -> list[tuple[int, int]]:
-    pairs = (chunk.split("@") for chunk in text.split())
-    return [(int(tokens), int(before)) for tokens, before in pairs]
+    pairs = [chunk.partition("@") for chunk in text.split()]
+    if not all(separator for _, separator, _ in pairs):
+        raise ValueError(f"prefill_chunks holds {text!r}, not tokens@computed_before")
+    return [(int(tokens), int(before)) for tokens, _, before in pairs]
 
 
 def rows_as_floats(rows: list[dict[str, Any]], column: str) -> Floats:
-    """One column as floats; an empty field is 0."""
-    return np.array([float(row[column] or 0) for row in rows])
+    """One column as floats; an empty field is 0.
+
+    Raises:
+        ValueError: something there is not a finite number.
+    """
+    return finite(np.array([float(row[column] or 0) for row in rows]), column)
+
+
+def finite(values: Floats, column: str) -> Floats:
+    """The values themselves.
+
+    Raises:
+        ValueError: one is infinite or not a number.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError(f"{column} holds {values[~np.isfinite(values)][0]}")
+    return values
 
 
 def read_stage_steps(run: Run, stage: str) -> StepLog:

@@ -8,6 +8,7 @@ JSON lines  timestamp (ms), input_length, output_length, hash_ids (one per 512 t
 import csv
 import gzip
 import math
+import zlib
 from collections.abc import Callable
 from datetime import datetime
 from itertools import chain
@@ -47,7 +48,7 @@ def read_trace(path: Path) -> list[TraceRequest]:
                     requests.append(_parsed(parse, line, requests[-1] if requests else None, f"{path}, line {number}"))
     except FileNotFoundError as error:
         raise BadInputError(f"There is no trace file {path}.") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BadInputError(f"{path} cannot be read: {error}.") from error
     if not requests:
         raise BadInputError(f"{path} has no requests.")

@@ -15,6 +15,7 @@ from block.errors import ActuatorError
 _PR_SET_PDEATHSIG: Final = 1
 SECRETS: Final = frozenset({"BLOCK_ADMIN_KEY", "BLOCK_API_KEYS"})
 """What children have no use for."""
+LISTEN_S: Final = 0.3
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
 
 
@@ -46,8 +47,10 @@ class Child:
                 stdout=asyncio.subprocess.PIPE if keep_stdout else asyncio.subprocess.DEVNULL,
                 env={**inherited, **(environment or {})}, start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
-        except OSError as error:
-            raise ActuatorError(f"{command[0]!r} cannot be run: {error.strerror or error}.") from error
+        except (OSError, ValueError) as error:  # the latter: a zero byte in an argument
+            raise ActuatorError(
+                f"{command[0]!r} cannot be run: {getattr(error, 'strerror', None) or error}."
+            ) from error
         return cls(process)
 
     @property
@@ -76,8 +79,11 @@ class Child:
         return " ".join(list(self.words)[-3:]) or "it said nothing"
 
     async def wait(self) -> int:
-        """Until it ends; its exit code."""
-        return await self._process.wait()
+        """Until it ends; its exit code. Its last words are in by then, unless others go on writing in its place."""
+        code = await self._process.wait()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._listening), LISTEN_S)
+        return code
 
     async def stop(self, within_s: float) -> None:
         """SIGTERM, and SIGKILL to its whole session after ``within_s``. Returns when it is gone."""

@@ -9,6 +9,7 @@ import asyncio
 import json
 import re
 from collections.abc import Mapping, Sequence
+from math import inf
 from time import monotonic
 from typing import Final
 
@@ -32,10 +33,10 @@ class ExecSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     repeat_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if not self.command:
+        if not self.command or not self.command[0]:
             raise ConfigError("actuator.command must name a program.")
-        if not (self.timeout_s > 0 and self.repeat_s > 0):
-            raise ConfigError("actuator.timeout_s and actuator.repeat_s must be above 0.")
+        if not (0 < self.timeout_s < inf and 0 < self.repeat_s < inf):
+            raise ConfigError("actuator.timeout_s and actuator.repeat_s must be above 0 and finite.")
 
 
 class ExecActuator:

@@ -31,6 +31,7 @@ from block.autoscale.steady import now_s
 from block.autoscale.terms import Kind, Member, Phase
 from block.errors import ActuatorError, ConfigError
 from block.gateway.config import InstanceConfig
+from block.steptime.profile import load_profile
 
 GIVE_UP_S: Final = 300.0
 HEALTH_EVERY_S: Final = 1.0
@@ -115,6 +116,9 @@ class LocalActuator:
         unknown = sorted(set(settings.kinds) - set(surroundings.kinds))
         if unknown:
             raise ConfigError(f"actuator.kinds.{unknown[0]}: there is no such kind.")
+        for kind in surroundings.kinds.values():
+            if not (settings.command or settings.kinds.get(kind.name, LocalKind()).command):
+                load_profile(kind.profile)  # what is emulated needs one
         self._instances: dict[str, _Instance] = {}
         self._failures = {name: _Failures() for name in surroundings.kinds}
         self._number = 0
@@ -265,7 +269,7 @@ class LocalActuator:
 
     def _failed(self, one: _Instance, why: str, children: Sequence[Child]) -> None:
         words = children[0].last_words() if children and one.phase is Phase.STARTING else ""
-        log.warning("%s failed: %s %s", one.name, why, words)
+        log.warning("%s failed: %s%s", one.name, why, "" if why.endswith(words) else f" ({words})")
         failures = self._failures[one.kind.name]
         failures.count += 1
         failures.why = why

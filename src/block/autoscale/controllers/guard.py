@@ -7,6 +7,7 @@ observations is blind what is seen is too little, so nothing is removed.
 """
 
 from collections.abc import Mapping, Sequence
+from math import inf
 
 import msgspec
 
@@ -35,8 +36,11 @@ class Guard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def __post_init__(self) -> None:
         if not 0 <= self.least <= self.most:
             raise ConfigError(f"least must be 0 to most, not {self.least} with most {self.most}.")
-        if min(self.settle_s, self.up_wait_s, self.down_wait_s) < 0 or min(self.up_most, self.down_most) < 1:
-            raise ConfigError("settle_s and the waits must not be negative, up_most and down_most at least 1.")
+        waits = (self.settle_s, self.up_wait_s, self.down_wait_s)
+        if not all(0 <= wait_s < inf for wait_s in waits) or min(self.up_most, self.down_most) < 1:
+            raise ConfigError(
+                "settle_s and the waits must be finite and not negative, up_most and down_most at least 1."
+            )
 
 
 class Memory(msgspec.Struct, frozen=True):

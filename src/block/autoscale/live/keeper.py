@@ -8,8 +8,8 @@ What can go wrong, and what then happens:
   given meanwhile, and after ``act_within_s`` it is given up and given again
 - the actuator lies (there are more or fewer instances than ordered): visible as ``unmet_seconds``; orders are absolute counts,
   so repeating one can never add up, and the controller counts what the gateways see
-- another autoscaler holds the lock: this one decides and explains, and acts only once the lock is free; one that loses it (it
-  was stopped for longer than its Lease) gives its order under way up
+- another autoscaler holds the lock, or it cannot be asked for: this one decides and explains, and acts only once the lock is
+  free; one that loses it (it was stopped for longer than its Lease) gives its order under way up
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from block.autoscale.live.lock import Lock
 from block.autoscale.live.membership import Membership
 from block.autoscale.live.observer import Observer
 from block.autoscale.terms import Actuator, Controller, Kind, Observation, Phase, Plan
-from block.errors import ActuatorError
+from block.errors import ActuatorError, ConfigError
 
 BACK_OFF_MOST: Final = 32
 """Intervals between two tries of an order that fails."""
@@ -87,6 +87,7 @@ class Keeper:
         self._unmet_since_s: float | None = None
         self._unmet_said = False
         self._trouble: str | None = None
+        self._lock_trouble = ""
         self.cold_starts = ColdStarts()
         self.records: deque[Record] = deque(maxlen=kept)
         self.number = 0
@@ -123,7 +124,7 @@ class Keeper:
         self._learn(seen)
         self._figures.show_members(seen.members, len(seen.blind))
         # A dry run leaves the lock to those who act, and the gateways as they are.
-        self._membership.leads = leads = not self._dry_run and await self._lock.held()
+        self._membership.leads = leads = not self._dry_run and await self._leads()
         self._figures.leads.set(leads)
         started_s = monotonic()
         plan, asked, held = await self._decide(window)
@@ -133,6 +134,19 @@ class Keeper:
             self._figures.show_desired(plan.want)
         action = self._order(plan.want, seen, leads=leads, held=held)
         return self._explain(seen, plan, asked, action, decide_s)
+
+    async def _leads(self) -> bool:
+        """Whether this one acts; nobody does where the lock cannot be asked for."""
+        trouble = ""
+        try:
+            return await self._lock.held()
+        except ConfigError as error:
+            trouble = str(error)
+            return False
+        finally:
+            if trouble and trouble != self._lock_trouble:
+                log.error("standing by: %s", trouble)
+            self._lock_trouble = trouble
 
     def _learn(self, seen: Observation) -> None:
         """From starts that ended; the controller is made anew where it matters."""
@@ -214,8 +228,9 @@ class Keeper:
         self._again_s = monotonic() + pause_s
         self._figures.actuator_failures.labels(reason).inc()
         log.warning(
-            "the order was not carried out (%d in a row): %s; again in %.0f s", self._failures, trouble, pause_s
-        )
+            "the order was not carried out (%d in a row): %s; again in %.3g s",
+            self._failures, (trouble or "").rstrip("."), pause_s,
+        )  # fmt: skip
         self._trouble = trouble
 
     def _watch_met(self, want: Mapping[str, int], seen: Observation) -> bool:

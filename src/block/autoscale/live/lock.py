@@ -35,15 +35,27 @@ class NoLock:
 
 
 class FileLock:
-    """An advisory lock on a file of this machine, let go by the system when its holder dies."""
+    """An advisory lock on a file of this machine, let go by the system when its holder dies.
+
+    A file that somebody removed (cleaners of temporary files do) is made and locked anew.
+    """
 
     sure_until_s = inf
 
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, -1
 
+    def check(self) -> None:
+        """Raises ConfigError: the file could not be made. Makes none."""
+        if self._path.is_dir() or not self._path.absolute().parent.is_dir():
+            raise ConfigError(
+                f"The lock file {self._path} cannot be made: its folder must exist, and it must be a file."
+            )
+
     async def held(self) -> bool:
         """Raises ConfigError: the file cannot be made."""
+        if self._file >= 0 and not self._is_there():
+            await self.release()
         if self._file >= 0:
             return True
         try:
@@ -57,6 +69,13 @@ class FileLock:
             return False
         self._file = file
         return True
+
+    def _is_there(self) -> bool:
+        """Whether the path still names the file that is locked: another one could be locked by somebody else."""
+        try:
+            return os.path.samestat(os.fstat(self._file), self._path.stat())
+        except OSError:
+            return False
 
     async def release(self) -> None:
         if self._file >= 0:

@@ -40,8 +40,9 @@ class Membership:
     ) -> None:  # fmt: skip
         self.gateways, self._register, self._file, self._prefix = gateways, register, file, prefix
         self.lists: dict[str, dict[str, Seen] | None] = {gateway.url: None for gateway in gateways}
-        self._trouble: dict[str, str] = {}
         """The newest list of each gateway; ``None``: it did not answer."""
+        self._trouble: dict[str, str] = {}
+        self._file_trouble = ""
         self.ready_s: dict[str, float] = {}
         """Wall time at which a gateway first said that an instance is ready and can be predicted."""
         self._wanted: dict[str, InstanceConfig] = {}
@@ -100,7 +101,10 @@ class Membership:
     async def run(self) -> None:
         """Beat until cancelled."""
         while True:
-            await self.beat()
+            try:
+                await self.beat()
+            except Exception:  # the outermost place: a bug here costs this beat, and the next one mends
+                log.exception("bug while mending the gateways' lists")
             await asyncio.sleep(BEAT_S)
 
     async def beat(self) -> None:
@@ -167,11 +171,19 @@ class Membership:
             return
         names = [name for name in self._wanted if name not in self._retiring]
         text = instances_toml([self._wanted[name] for name in names])
-        if text != self._written:
-            temporary = self._file.with_name(f".{self._file.name}.new")
+        if text == self._written:
+            return
+        temporary = self._file.with_name(f".{self._file.name}.new")
+        try:
             temporary.write_bytes(text)
             temporary.replace(self._file)
-            self._written = text
+        except OSError as error:
+            trouble = f"the gateways' file {self._file} cannot be written: {error.strerror or error}"
+            if trouble != self._file_trouble:
+                log.error("%s; trying again", trouble)
+            self._file_trouble = trouble
+            return
+        self._written, self._file_trouble = text, ""
 
 
 def instances_toml(configs: Sequence[InstanceConfig]) -> bytes:

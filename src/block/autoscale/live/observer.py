@@ -7,7 +7,7 @@ the observation of its time. An arrival's output tokens are those expected until
 import asyncio
 import logging
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -178,7 +178,7 @@ class Observer:
             try:
                 async with asyncio.timeout(ACTUATOR_TIMEOUT_S):
                     kept = await self._actuator.members()
-                self._check_kinds(kept)
+                self._check(kept)
                 self._actuator_trouble = ""
             except (ActuatorError, TimeoutError) as error:
                 trouble = str(error) or f"it took longer than {ACTUATOR_TIMEOUT_S:g} s"
@@ -208,10 +208,13 @@ class Observer:
         self._members = tuple(members)
         return self._members
 
-    def _check_kinds(self, members: Sequence[Member]) -> None:
+    def _check(self, members: Sequence[Member]) -> None:
         strange = sorted({member.kind for member in members} - set(self._kinds))
         if strange:
             raise ActuatorError(f"it tells of the kind {strange[0]!r}; configured are {', '.join(self._kinds)}.")
+        twice = [name for name, count in Counter(member.id for member in members).items() if count > 1]
+        if twice:
+            raise ActuatorError(f"it tells of {twice[0]!r} more than once.")
 
     def _seen(self, member: Member, one: Seen | None, old: Member | None) -> Member:
         """A member is ready when a gateway can use it, whatever its actuator says."""

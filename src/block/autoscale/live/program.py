@@ -24,6 +24,7 @@ from block.autoscale.live.membership import Membership
 from block.autoscale.live.observer import Observer
 from block.autoscale.live.server import Window
 from block.autoscale.live.settings import AutoscaleSettings, admin_key
+from block.errors import ConfigError
 from block.predictor.serving import serve_until_stopped
 
 
@@ -36,13 +37,11 @@ async def run_autoscaler(
     Raises:
         ConfigError: the settings cannot be carried out here.
     """
-    key = admin_key(settings.gateways)
-    lock = lock_of(settings)
+    key, file, lock = _prepared(settings)
     if not dry_run and isinstance(lock, FileLock):
         await lock.held()  # a path that cannot be is said now
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         gateways = [Gateway(session, url, key, settings.gateways.timeout_s) for url in settings.gateways.urls]
-        file = None if settings.gateways.file is None else Path(settings.gateways.file)
         prefix = f"{settings.name}-" if isinstance(settings.actuator, LocalSettings) else None
         membership = Membership(gateways, settings.gateways.register, file, prefix)
         membership.leads = False
@@ -68,6 +67,32 @@ async def run_autoscaler(
                     await task
             await actuator.close()
             await keeper.close()
+
+
+async def check(settings: AutoscaleSettings) -> None:
+    """All that can be checked without starting.
+
+    Raises:
+        UserError: the settings cannot be carried out here.
+    """
+    _, _, lock = _prepared(settings)
+    if isinstance(lock, FileLock):
+        lock.check()
+    kinds = {kind.name: kind for kind in settings.kinds}
+    async with aiohttp.ClientSession() as session:
+        actuator = make_actuator(settings.actuator, Surroundings(settings.name, kinds, Membership([]), session))
+        await actuator.close()
+
+
+def _prepared(settings: AutoscaleSettings) -> tuple[str, Path | None, Lock]:
+    """The admin key, the file for the gateways, and the lock, not taken."""
+    key = admin_key(settings.gateways)
+    file = None if settings.gateways.file is None else Path(settings.gateways.file)
+    if file is not None and (not file.absolute().parent.is_dir() or file.is_dir()):
+        raise ConfigError(
+            f"gateways.file = {str(file)!r} cannot be written: its folder must exist, and it must be a file."
+        )
+    return key, file, lock_of(settings)
 
 
 def lock_of(settings: AutoscaleSettings) -> Lock:

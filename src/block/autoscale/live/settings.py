@@ -2,6 +2,7 @@
 
 import os
 import tomllib
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,8 +38,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ConfigError("gateways.file goes with gateways.register = 'file'.")
         if self.file is not None and not self.file.endswith(".toml"):
             raise ConfigError(f"gateways.file must end with .toml, not {self.file!r}.")
-        if not self.timeout_s > 0:
-            raise ConfigError("gateways.timeout_s must be above 0.")
+        if not 0 < self.timeout_s < inf:
+            raise ConfigError(f"gateways.timeout_s must be above 0 and finite, not {self.timeout_s}.")
 
 
 class AutoscaleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,16 +70,13 @@ class AutoscaleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         if not self.name or not all(c.isascii() and (c.isalnum() or c == "-") for c in self.name):
             raise ConfigError(f"name must be letters, digits and hyphens, not {self.name!r}.")
         for field in ("interval_s", "act_within_s", "unmet_after_s"):
-            if not getattr(self, field) > 0:
-                raise ConfigError(f"{field} must be above 0, not {getattr(self, field)}.")
-        names = [kind.name for kind in self.kinds]
-        if not names or len(set(names)) < len(names):
-            raise ConfigError("There must be at least one kind, and no two of one name.")
-        for kind in self.kinds:
-            if not 0 <= kind.least <= kind.most:
-                raise ConfigError(f"The kind {kind.name} needs 0 <= least <= most.")
-            if not (kind.price > 0 and kind.cold_start_s >= 0):
-                raise ConfigError(f"The kind {kind.name} needs a price above 0 and a cold_start_s of at least 0.")
+            if not 0 < getattr(self, field) < inf:
+                raise ConfigError(f"{field} must be above 0 and finite, not {getattr(self, field)}.")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be 0 to 65535, not {self.port}.")
+        if self.decisions_kept < 1:
+            raise ConfigError(f"decisions_kept must be at least 1, not {self.decisions_kept}.")
+        _check_kinds(self.kinds)
         for target, value in msgspec.structs.asdict(self.slo or Slo()).items():
             if value is not None and not value > 0:
                 raise ConfigError(f"slo.{target} must be above 0, not {value}.")
@@ -104,6 +102,19 @@ class AutoscaleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             return msgspec.convert({**known, **self.guard}, Guard, strict=False)
         except msgspec.ValidationError as error:
             raise ConfigError(f"guard: {error}.") from error
+
+
+def _check_kinds(kinds: list[Kind]) -> None:
+    names = [kind.name for kind in kinds]
+    if not all(names) or not names or len(set(names)) < len(names):
+        raise ConfigError("There must be at least one kind, each with a name, and no two of one name.")
+    for kind in kinds:
+        if not 0 <= kind.least <= kind.most:
+            raise ConfigError(f"The kind {kind.name} needs 0 <= least <= most.")
+        if not (0 < kind.price < inf and 0 <= kind.cold_start_s < inf):
+            raise ConfigError(
+                f"The kind {kind.name} needs a price above 0 and a cold_start_s of at least 0, both finite."
+            )
 
 
 def load_settings(path: Path) -> AutoscaleSettings:
@@ -152,14 +163,19 @@ def admin_key(settings: GatewaySettings) -> str:
     """The gateways' admin key: from the settings, a file, or ``BLOCK_ADMIN_KEY``.
 
     Raises:
-        ConfigError: there are gateways and no key, or the file cannot be read.
+        ConfigError: there are gateways and no key, it cannot be sent, or the file cannot be read.
     """
     if settings.admin_key_file is not None:
         try:
-            return Path(settings.admin_key_file).read_text(encoding="utf-8").strip()
+            key = Path(settings.admin_key_file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"The admin key file {settings.admin_key_file} cannot be read: {error}.") from error
-    key = settings.admin_key or os.environ.get(ADMIN_KEY_VARIABLE, "")
+        if not key:
+            raise ConfigError(f"The admin key file {settings.admin_key_file} is empty.")
+    else:
+        key = settings.admin_key or os.environ.get(ADMIN_KEY_VARIABLE, "")
     if settings.urls and not key:
         raise ConfigError(f"The gateways' admin key is missing: set {ADMIN_KEY_VARIABLE} or gateways.admin_key_file.")
+    if not key.isprintable():
+        raise ConfigError("The gateways' admin key must be one line without control characters.")
     return key

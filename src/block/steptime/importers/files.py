@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def read_csv(file: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
     try:
         with gzip.open(file, "rt", newline="") if file.suffix == ".gz" else file.open(newline="") as lines:
             rows = list(csv.DictReader(lines))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise BadInputError(f"{file} is not a CSV file: {error}.") from error
     missing = [c for c in needed if not rows or c not in rows[0]]
     if missing:
