@@ -40,8 +40,3 @@ def make_estimator(name: str, **options: Any) -> Estimator:
         return kind(**options)
     except ValueError as error:
         raise ConfigError(f"Length estimator {name!r}: {error}.") from error
-
-
-def estimator_names() -> list[str]:
-    """Names that `make_estimator` knows."""
-    return sorted(ESTIMATORS)

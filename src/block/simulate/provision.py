@@ -123,7 +123,6 @@ class _Run:
         self._window = Window(controller.history_s)
         count = len(traffic.at_s)
         self._out = np.full((count, 2), -1.0)
-        self._placed = np.full(count, -1, np.int32)
         noise = generator(setting.seed, "lengths told").normal(0.0, setting.length_noise, count)
         self._told = np.maximum(np.rint(self._traffic.outputs * np.exp(noise)), 1).astype(int)
         self._unserved = np.zeros(0, np.int32)

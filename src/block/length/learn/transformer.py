@@ -80,11 +80,6 @@ class TransformerRegressor:
         )
 
 
-def is_transformer(path: Path) -> bool:
-    """Whether a path is a folder that `TransformerRegressor.save` wrote."""
-    return (path / _HEAD).is_file()
-
-
 def load_transformer(folder: Path, *, device: str = "cpu") -> TransformerRegressor:
     """A saved regressor.
 
