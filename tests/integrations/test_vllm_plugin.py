@@ -75,10 +75,26 @@ def test_the_batch_in_flight_is_published_while_it_runs_and_logged_when_it_ends(
     assert (during.requests[wire.FLAGS] & wire.SAMPLES_1).all()
     scheduler.update_from_output(output, None)
     publisher.updated(scheduler, output, 5.25)
+    publisher.scheduled(scheduler, scheduler.schedule(), 5.26)
     after = published(publisher, name)
-    assert int(after.header["batches_in_flight"]) == 0
+    assert int(after.header["batches_in_flight"]) == 1
+    assert after.header["batch_1_started_s"] == 5.26
     assert after.requests[wire.OUTPUT].tolist() == [1, 1, 1]
     assert after.steps.tolist() == [(5.0, 5.25, 3, 300, 0, 0.0, 0)]
+    publisher.close()
+
+
+def test_the_last_results_are_published_although_nothing_is_left_to_schedule(name: str) -> None:
+    scheduler = FakeScheduler(running=2)
+    publisher = StatePublisher(scheduler, name)
+    output = scheduler.schedule()
+    publisher.scheduled(scheduler, output, 5.0)
+    scheduler.update_from_output(output, None)
+    scheduler.running = []
+    publisher.updated(scheduler, output, 5.25)
+    after = published(publisher, name)
+    assert (after.running, int(after.header["batches_in_flight"])) == (0, 0)
+    assert after.steps.tolist() == [(5.0, 5.25, 2, 200, 0, 0.0, 0)]
     publisher.close()
 
 

@@ -1,4 +1,4 @@
-"""Turns a live vLLM scheduler into snapshots, twice a step, in tens of microseconds.
+"""Turns a live vLLM scheduler into snapshots, once a step, in tens of microseconds.
 
 Theory of operation. A snapshot is published after ``schedule()``, so that a long step is visible as in flight while it
 runs, and after ``update_from_output()``. The queues are read by ``rows``. Batches in flight are kept here, not asked from
@@ -76,7 +76,7 @@ class StatePublisher:
             self._header["flags"] |= wire.PREFIX_TOLD
         self._flights: deque[_Flight] = deque()
         self._steps: deque[bytes] = deque(maxlen=STEPS_KEPT)
-        self._finished_s = 0.0
+        self._finished_s, self._results_came = 0.0, False
         self._placeholders = self.limits.async_scheduling
         _warn_of_approximations(scheduler)
         self._queues.read(scheduler, results_came=True)
@@ -96,14 +96,16 @@ class StatePublisher:
         began = time.thread_time()
         if self._prefix is not None:
             self._prefix.scheduled(scheduler, output, self._queues)
-        self._queues.read(scheduler, results_came=False)
+        self._queues.read(scheduler, results_came=self._results_came)
+        self._results_came = False
         if output.total_num_scheduled_tokens:
             self._flights.append(self._flight(output, started_s))
         self._write(scheduler)
         self.spent_s += time.thread_time() - began
 
     def updated(self, scheduler: Any, output: Any, finished_s: float) -> None:
-        """Publish the state after the results of ``output``, in since ``finished_s``, were taken in."""
+        """The results of ``output``, in since ``finished_s``, were taken in. Published now only if nothing is left to
+        schedule: else ``schedule()`` follows at once, and what is published then tells this too."""
         began = time.thread_time()
         if not output.total_num_scheduled_tokens:
             return
@@ -115,9 +117,10 @@ class StatePublisher:
             return
         decodes, context, prefill_tokens, work, chunks = flight.shape
         self._steps.append(_STEP.pack(flight.scheduled_s, finished_s, decodes, context, prefill_tokens, work, chunks))
-        self._finished_s = finished_s
-        self._queues.read(scheduler, results_came=True)
-        self._write(scheduler)
+        self._finished_s, self._results_came = finished_s, True
+        if not scheduler.running and not scheduler.waiting:
+            self._queues.read(scheduler, results_came=True)
+            self._write(scheduler)
         self.spent_s += time.thread_time() - began
 
     # ---- batches in flight
