@@ -1,9 +1,9 @@
 """Turns a live vLLM scheduler into snapshots, once a step, in tens of microseconds.
 
 Theory of operation. A snapshot is published after ``schedule()``, so that a long step is visible as in flight while it
-runs; it tells what ``update_from_output()`` changed just before, too. The queues are read by ``rows``. Batches in flight are kept here, not asked from
-vLLM, whose versions count them differently: each knows the tokens of its requests and which of them will not yield an
-output token.
+runs; it tells what ``update_from_output()`` changed just before, too. The queues are read by ``rows``. Batches in flight
+are kept here, not asked from vLLM, whose versions count them differently: each knows the tokens of its requests and which
+of them will not yield an output token.
 """
 
 import logging
