@@ -215,26 +215,23 @@ def test_another_controller_on_the_command_line_leaves_the_options_of_the_config
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_lock_that_cannot_be_is_said_at_the_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lock", "gateways", "words"),
+    [
+        ("none/lock", "", "The lock file"),
+        ("lock", 'register = "file"\nfile = "TMP/none/a.toml"\n', "its folder must exist"),
+    ],
+)
+def test_a_file_that_cannot_be_is_said_at_the_start(lock: str, gateways: str, words: str, tmp_path: Path) -> None:
     file = tmp_path / "autoscale.toml"
+    gateways = gateways.replace("TMP", str(tmp_path))
     file.write_text(
-        f'lock = "{tmp_path}/none/lock"\n[gateways]\nurls = ["http://127.0.0.1:9"]\nadmin_key = "k"\n'
+        f'lock = "{tmp_path}/{lock}"\n[gateways]\nurls = ["http://127.0.0.1:9"]\nadmin_key = "k"\n{gateways}'
         '[actuator]\ntype = "metric"\n'
     )
     done = run(str(file), "--port", "0")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "The lock file" in done.stderr
-
-
-def test_a_file_for_the_gateways_that_cannot_be_is_said_at_the_start(tmp_path: Path) -> None:
-    file = tmp_path / "autoscale.toml"
-    file.write_text(
-        f'[gateways]\nurls = ["http://127.0.0.1:9"]\nadmin_key = "k"\nregister = "file"\nfile = "{tmp_path}/none/a.toml"\n'
-        '[actuator]\ntype = "metric"\n'
-    )
-    done = run(str(file), "--port", "0")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "its folder must exist" in done.stderr
+    assert words in done.stderr
 
 
 def test_it_goes_on_when_nobody_reads_its_decisions_any_more(tmp_path: Path) -> None:
