@@ -394,7 +394,7 @@ async def test_a_hang_stops_the_tokens_and_not_the_health_check(config):
     body = {"prompt": "Hi", "max_tokens": 200, "ignore_eos": True, "stream": True}
     async with served(config, allow_faults=True) as (_, http), http.post("/v1/completions", json=body) as stream:
         await stream.content.readuntil(b"\n\n")
-        async with http.post("/emulate/fault", json={"kind": "hang", "seconds": 0.4}) as answer:
+        async with http.post("/emulate/fault", json={"kind": "hang", "seconds": 2}) as answer:
             assert answer.status == 200
         made = (await samples(http))["vllm:generation_tokens_total"]
         await asyncio.sleep(0.1)

@@ -22,6 +22,7 @@ HOT = (
     "engine.blocks",
     "engine.scheduler",
     "engine.store",
+    "engine.admission",
     "engine.kernel",
     "engine.resume",
     "engine.ask",
