@@ -137,16 +137,15 @@ class Keeper:
 
     async def _leads(self) -> bool:
         """Whether this one acts; nobody does where the lock cannot be asked for."""
-        trouble = ""
+        leads, trouble = False, ""
         try:
-            return await self._lock.held()
+            leads = await self._lock.held()
         except ConfigError as error:
             trouble = str(error)
-            return False
-        finally:
-            if trouble and trouble != self._lock_trouble:
-                log.error("standing by: %s", trouble)
-            self._lock_trouble = trouble
+        if trouble and trouble != self._lock_trouble:
+            log.error("standing by: %s", trouble)
+        self._lock_trouble = trouble
+        return leads
 
     def _learn(self, seen: Observation) -> None:
         """From starts that ended; the controller is made anew where it matters."""
